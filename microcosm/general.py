@@ -1,0 +1,118 @@
+"""Twelve general tasks that must not get worse: lists, numbers, words, small deductions.
+
+Every prompt carries enough content that whole combinations can be held out while every word is seen.
+"""
+from __future__ import annotations
+
+import random
+from typing import Callable, NamedTuple
+
+CLASSES = {
+    "animal": ("cat", "dog", "cow", "hen", "fox", "owl"), "fruit": ("plum", "fig", "pear", "lime", "date", "kiwi"),
+    "tool": ("saw", "axe", "drill", "file", "rake", "hook"), "color": ("red", "blue", "green", "pink", "gray", "gold"),
+}
+WORDS = tuple(word for words in CLASSES.values() for word in words)
+OPPOSITES = {"hot": "cold", "big": "small", "old": "young", "fast": "slow", "dark": "bright", "wet": "dry"}
+OPPOSITES |= {b: a for a, b in OPPOSITES.items()}
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+
+
+class Question(NamedTuple):
+    """A prompt, its right answer, and a plausible wrong one."""
+    prompt: str
+    answer: str
+    slip: str
+
+
+def swapped(words: list[str], rng: random.Random) -> str:
+    """Return the list with two neighbours swapped, or its last item dropped: how people get lists wrong."""
+    if rng.random() < 0.4:
+        return " ".join(words[:-1])
+    i = rng.randrange(len(words) - 1)
+    return " ".join(words[:i] + [words[i + 1], words[i]] + words[i + 2:])
+
+
+def near(number: int, rng: random.Random) -> int:
+    """Return a number one off: how people get sums wrong."""
+    return number + 1 if number == 0 or rng.random() < 0.5 else number - 1
+
+
+def copy(rng: random.Random) -> Question:
+    words = rng.sample(WORDS, rng.choice((2, 3, 4)))
+    return Question(f"Copy: {' '.join(words)}", " ".join(words), swapped(words, rng))
+
+
+def reverse(rng: random.Random) -> Question:
+    words = rng.sample(WORDS, rng.choice((2, 3)))
+    return Question(f"Reverse: {' '.join(words)}", " ".join(words[::-1]), swapped(words[::-1], rng))
+
+
+def sort(rng: random.Random) -> Question:
+    numbers = rng.sample(range(10), 3)
+    ordered = [str(n) for n in sorted(numbers)]
+    return Question(f"Sort: {' '.join(map(str, numbers))}", " ".join(ordered), swapped(ordered, rng))
+
+
+def add(rng: random.Random) -> Question:
+    a, b, word = rng.randrange(10), rng.randrange(10), rng.choice(WORDS)
+    return Question(f"Add: {a} {word} and {b} {word}", f"{a + b} {word}", f"{near(a + b, rng)} {word}")
+
+
+def larger(rng: random.Random) -> Question:
+    a, b = rng.sample(range(20), 2)
+    return Question(f"Larger: {a} or {b}", str(max(a, b)), str(min(a, b)))
+
+
+def count(rng: random.Random) -> Question:
+    word, other = rng.sample(WORDS, 2)
+    number, size = rng.randrange(1, 5), 5
+    row = [word] * number + [other] * (size - number)
+    rng.shuffle(row)
+    return Question(f"Count {word}: {' '.join(row)}", str(number), str(near(number, rng)))
+
+
+def logic(rng: random.Random) -> Question:
+    noun, other = rng.sample(CLASSES["animal"], 2)
+    color, shade = rng.sample(CLASSES["color"], 2)
+    follows = rng.random() < 0.5
+    premise = (noun, color) if follows else rng.choice(((other, color), (noun, shade)))
+    answer, slip = ("yes", "unknown") if follows else ("unknown", "yes")
+    return Question(f"Logic: Every {noun} is {color}. Is this {premise[0]} {premise[1]}?", answer, slip)
+
+
+def next_number(rng: random.Random) -> Question:
+    start, step, word = rng.randrange(6), rng.choice((1, 2, 3)), rng.choice(WORDS)
+    row, answer = [str(start + i * step) for i in range(3)], start + 3 * step
+    return Question(f"Next {word}: {' '.join(row)}", f"{answer} {word}", f"{near(answer, rng)} {word}")
+
+
+def lookup(rng: random.Random) -> Question:
+    words, numbers = rng.sample(WORDS, 3), rng.sample(range(10), 3)
+    i, j = rng.sample(range(3), 2)
+    table = " ".join(f"{word} {number}" for word, number in zip(words, numbers))
+    return Question(f"Table: {table}. Find {words[i]}", str(numbers[i]), str(numbers[j]))
+
+
+def antonym(rng: random.Random) -> Question:
+    word, noun = rng.choice(tuple(OPPOSITES)), rng.choice(WORDS)
+    return Question(f"Opposite: {word} {noun}", f"{OPPOSITES[word]} {noun}", f"{word} {noun}")
+
+
+def odd(rng: random.Random) -> Question:
+    common, rare = rng.sample(tuple(CLASSES), 2)
+    row, answer = rng.sample(CLASSES[common], 3), rng.choice(CLASSES[rare])
+    slip = row[0]
+    row.insert(rng.randrange(4), answer)
+    return Question(f"Odd: {' '.join(row)}", answer, slip)
+
+
+def weekday(rng: random.Random) -> Question:
+    day, days, noun = rng.randrange(7), rng.randrange(1, 5), rng.choice(WORDS)
+    right, wrong = DAYS[(day + days) % 7], DAYS[(day + near(days, rng)) % 7]
+    return Question(f"Day: The {noun} comes {days} days after {DAYS[day]}", right, wrong)
+
+
+GENERATORS: dict[str, Callable[[random.Random], Question]] = {
+    "copy": copy, "reverse": reverse, "sort": sort, "add": add, "larger": larger, "count": count, "logic": logic, "next": next_number,
+    "lookup": lookup, "antonym": antonym, "odd-one-out": odd, "weekday": weekday,
+}

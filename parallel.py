@@ -1,0 +1,272 @@
+"""The machine: process group, sharding, gathering, sharded checkpoints. Nothing here knows of RLHF.
+
+Every multi-process run is fully sharded (FSDP2); one process uses no process group and plain modules.
+The silent trap of FSDP2 is a parameter left unsharded by a forward without backward: an optimizer built
+or stepped then works on the wrong tensors without an error. So `reshard` runs before either.
+"""
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Iterable, Iterator, Mapping, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from model import Block, ModelConfig, check_weights, random_weights, read_safetensors, write_safetensors
+
+# Below this many parameters the whole model is one sharded unit: gathering block by block would cost
+# more in messages than it saves in memory.
+BLOCKWISE_ABOVE = 20_000_000
+
+
+@dataclass(frozen=True)
+class Machine:
+    """This process's place in the run."""
+    rank: int
+    world: int
+    device: torch.device
+    dtype: torch.dtype  # of forwards and backwards; parameters and optimizers are float32 always
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def share(self, rows: Tensor, size: int) -> list[Tensor]:
+        """Cut the rows of a global batch, (n,) int64, into this rank's micro-batches of at most `size` rows."""
+        return list(rows[self.rank::self.world].split(size))
+
+    def slice(self, rows: list) -> list:
+        """Return this rank's contiguous part of a list; the ranks' parts in order are the list."""
+        return rows[len(rows) * self.rank // self.world:len(rows) * (self.rank + 1) // self.world]
+
+    def autocast(self) -> Any:
+        """Return the context of a forward: under FSDP the parameters are cast, in one process the operations."""
+        if self.world > 1 or self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+
+def start(dtype: str) -> Machine:
+    """Join the process group that torchrun describes, if it started us. dtype: auto | float32 | bfloat16."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    if dtype == "auto":
+        dtype = "bfloat16" if cuda else "float32"
+    return Machine(rank, world, device, getattr(torch, dtype))
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def fail(message: str) -> NoReturn:
+    """Print one line and exit with status 2.
+
+    torchrun answers any failed worker with pages of traceback of its own, under which that line would be
+    lost. So where it launched us on this machine alone, it is ended first, by a signal it does not handle.
+    """
+    rank, launcher = int(os.environ.get("RANK", 0)), os.getppid()
+    if rank:  # all ranks fail alike, and the main one speaks; a rank that fails alone speaks once it has waited
+        time.sleep(3)
+    if not rank or os.getppid() == launcher:
+        print(message, file=sys.stderr, flush=True)
+        if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
+            os.kill(launcher, signal.SIGUSR1)
+    os._exit(2)  # not sys.exit: other ranks may wait in a collective that will never complete
+
+
+def all_sum(x: Tensor) -> Tensor:
+    """Sum x over all ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def all_max(x: Tensor) -> Tensor:
+    """Take the maximum of x over all ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(x, dist.ReduceOp.MAX)
+    return x
+
+
+def gather_objects(x: Any) -> list[Any]:
+    """Hand every rank the x of all ranks, in rank order. Only between processes of one run: it pickles."""
+    if not dist.is_initialized():
+        return [x]
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, x)
+    return everyone
+
+
+def from_main(make: Callable[[], Any]) -> Any:
+    """Call `make` on rank 0 alone and hand its result, or its ValueError, to every rank."""
+    if not dist.is_initialized():
+        return make()
+    outcome: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            outcome = [make()]
+        except (ValueError, OSError) as error:
+            outcome = [error]
+    dist.broadcast_object_list(outcome)
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    return outcome[0]
+
+
+# ---------------------------------------------------------------------------------------------
+# Models
+
+def build(kind: type[nn.Module], config: ModelConfig, weights: Mapping[str, Tensor] | int, machine: Machine) -> nn.Module:
+    """Build a model, sharded when there are several processes, and fill it.
+
+    weights: tensors by parameter name (memory-mapped: each rank reads only its part), or a seed to draw them from.
+    """
+    with torch.device("meta"):
+        model = kind(config)
+    if isinstance(weights, Mapping):
+        check_weights(model, weights, "weights")
+        tensors: Iterable[tuple[str, Tensor]] = ((name, weights[name]) for name, _ in model.named_parameters())
+    else:
+        tensors = random_weights(model, weights)
+    if machine.world > 1:
+        # rotary angles and caches travel as arguments: cast_forward_inputs would round them to bfloat16
+        policy = MixedPrecisionPolicy(machine.dtype, torch.float32, cast_forward_inputs=False)
+        if sum(p.numel() for p in model.parameters()) > BLOCKWISE_ABOVE:
+            for block in model.modules():
+                if isinstance(block, Block):
+                    fully_shard(block, mp_policy=policy)
+        fully_shard(model, mp_policy=policy)
+    model.to_empty(device=machine.device)
+    parameters = dict(model.named_parameters())
+    for name, tensor in tensors:
+        local_part(parameters[name]).copy_(split_like(tensor, parameters[name]))
+    return model
+
+
+def local_part(x: Tensor) -> Tensor:
+    """Return the part of a parameter, gradient or optimizer state that lives on this rank."""
+    x = x.detach()
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def split_like(full: Tensor, parameter: Tensor) -> Tensor:
+    """Return this rank's part of a full tensor, by the parameter's sharding, without communication."""
+    if not isinstance(parameter, DTensor):
+        return full
+    return distribute_tensor(full.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
+
+
+def reshard(model: nn.Module) -> nn.Module:
+    """Make every parameter a shard again after forwards without backward."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    return model
+
+
+def full_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Gather the weights on the CPU of rank 0; the other ranks take part and get an empty dict."""
+    weights = {}
+    for name, parameter in reshard(model).named_parameters():
+        full = parameter.detach().full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            weights[name] = full.to("cpu", copy=True)
+    return weights
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Hold the whole model on every rank, so that each can generate at its own pace, without collectives."""
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in sharded:
+        module.set_reshard_after_forward(False, recurse=False)
+    if sharded:  # one forward through the root gathers every unit, and leaves it so
+        with torch.no_grad():
+            model(torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device))
+    try:
+        yield
+    finally:
+        for module in sharded:
+            module.set_reshard_after_forward(True, recurse=False)
+        reshard(model)
+
+
+def adamw(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
+    """Build the optimizer: decay on matrices only, betas (0.9, 0.95), eps 1e-5 (InstructGPT, LLaMA 2)."""
+    parameters = list(reshard(model).parameters())
+    groups = [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
+              {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-5, fused=True)
+
+
+def grad_square_sum(model: nn.Module) -> Tensor:
+    """Return this rank's share of the squared gradient norm, float32."""
+    return torch.nn.utils.get_total_norm([local_part(p.grad) for p in model.parameters()]).float().square()
+
+
+# ---------------------------------------------------------------------------------------------
+# Checkpoints: one safetensors file per rank and one state.json, in a folder that appears whole
+
+def save_checkpoint(path: Path, trained: Mapping[str, tuple[nn.Module, torch.optim.Optimizer]], state: dict, machine: Machine) -> None:
+    """Write models, optimizers and `state` (plain JSON), each rank its shards, then rename into place."""
+    partial = path.with_name(path.name + ".partial")
+    if machine.is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    gather_objects(None)
+    tensors, steps = {}, {}
+    for key, (model, optimizer) in trained.items():
+        for name, parameter in reshard(model).named_parameters():
+            tensors[f"{key}/weights/{name}"] = local_part(parameter)
+            moments = optimizer.state.get(parameter)
+            if moments:
+                tensors[f"{key}/exp_avg/{name}"] = local_part(moments["exp_avg"])
+                tensors[f"{key}/exp_avg_sq/{name}"] = local_part(moments["exp_avg_sq"])
+                steps[key] = float(moments["step"])
+    write_safetensors(partial / f"rank{machine.rank:05d}.safetensors", tensors)
+    gather_objects(None)
+    if machine.is_main:
+        (partial / "state.json").write_text(json.dumps({**state, "world": machine.world, "optimizer_steps": steps}))
+        os.rename(partial, path)
+        for old in path.parent.iterdir():  # only the newest whole one is of use
+            if old != path:
+                shutil.rmtree(old)
+    gather_objects(None)
+
+
+def load_checkpoint(path: Path, trained: Mapping[str, tuple[nn.Module, torch.optim.Optimizer]]) -> dict:
+    """Fill models and optimizers, written by any number of ranks, and return the state."""
+    state = json.loads((path / "state.json").read_text())
+    files = [read_safetensors(path / f"rank{rank:05d}.safetensors") for rank in range(state["world"])]
+
+    def part(key: str, parameter: Tensor) -> Tensor:
+        return split_like(torch.cat([file[key] for file in files]), parameter)
+
+    for key, (model, optimizer) in trained.items():
+        for name, parameter in reshard(model).named_parameters():
+            local_part(parameter).copy_(part(f"{key}/weights/{name}", parameter))
+            if key in state["optimizer_steps"]:
+                optimizer.state[parameter] = {"step": torch.tensor(state["optimizer_steps"][key]),
+                                              "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    local_part(optimizer.state[parameter][moment]).copy_(part(f"{key}/{moment}/{name}", parameter))
+    return state

@@ -1,0 +1,31 @@
+"""Shared fixtures. Tests use one thread: results do not depend on the machine, and small models are faster."""
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from model import ModelConfig, ScalarModel, Transformer, init_weights
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def config() -> ModelConfig:
+    return ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=61, ffn_dim=64, max_seq_len=64)
+
+
+@pytest.fixture
+def actor(config: ModelConfig) -> Transformer:
+    model = Transformer(config)
+    init_weights(model, 0)
+    return model
+
+
+@pytest.fixture
+def critic(config: ModelConfig) -> ScalarModel:
+    model = ScalarModel(config)
+    init_weights(model, 1)
+    return model

@@ -1,0 +1,233 @@
+"""The transformer against transformers' own, against itself without padding or cache, and its files."""
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from model import (ScalarModel, Transformer, choose, filter_logits, generate, init_weights, last_scores,
+                   load_pretrained, read_safetensors, save_pretrained, token_logprobs, token_logprobs_and_entropy, token_values,
+                   write_safetensors)
+
+PROMPTS = [[1, 5, 9], [1], [1, 7, 7, 7, 30, 2, 8]]
+
+
+def ragged(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Three rows: padded right, padded left, whole."""
+    tokens = torch.randint(3, 61, (3, 12), generator=torch.Generator().manual_seed(seed))
+    mask = torch.ones(3, 12, dtype=torch.bool)
+    mask[0, 7:] = False
+    mask[1, :5] = False
+    return tokens, mask
+
+
+@pytest.mark.parametrize("changes", [{}, {"n_kv_heads": 1}, {"n_kv_heads": 4}, {"rope_theta": 500.0}, {"tie_embeddings": True},
+                                     {"vocab_size": 67, "norm_eps": 1e-3}])
+def test_logits_equal_transformers(config, changes):
+    transformers = pytest.importorskip("transformers", reason="transformers judges the logits; it is a development dependency")
+    config = replace(config, **changes)
+    model = Transformer(config)
+    init_weights(model, 3)
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        hidden_size=config.dim, num_hidden_layers=config.n_layers, num_attention_heads=config.n_heads,
+        num_key_value_heads=config.n_kv_heads, vocab_size=config.vocab_size, intermediate_size=config.ffn_dim,
+        max_position_embeddings=config.max_seq_len, rms_norm_eps=config.norm_eps, tie_word_embeddings=config.tie_embeddings,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta}))
+    theirs.load_state_dict(model.state_dict())
+    tokens = ragged()[0]
+    torch.testing.assert_close(model(tokens), theirs(tokens).logits, atol=1e-4, rtol=0)
+
+
+def test_attention_against_plain_loops(config):
+    """One layer recomputed in float64, token by token, head by head."""
+    config = replace(config, n_layers=1)
+    model = Transformer(config)
+    init_weights(model, 5)
+    tokens = torch.tensor([3, 8, 21, 8, 40])
+    w = {name: tensor.double() for name, tensor in model.state_dict().items()}
+    def norm(x, weight): return weight * x / (x.square().mean() + config.norm_eps).sqrt()
+    def turn(x, t):
+        half, out = len(x) // 2, x.clone()
+        for i in range(half):
+            angle = t * config.rope_theta ** (-2 * i / len(x))
+            out[i] = x[i] * math.cos(angle) - x[i + half] * math.sin(angle)
+            out[i + half] = x[i + half] * math.cos(angle) + x[i] * math.sin(angle)
+        return out
+    size, group = config.dim // config.n_heads, config.n_heads // config.n_kv_heads
+    layer = "model.layers.0."
+    x = [w["model.embed_tokens.weight"][t] for t in tokens]
+    h = [norm(v, w[layer + "input_layernorm.weight"]) for v in x]
+    q, k, v = ([(w[f"{layer}self_attn.{n}_proj.weight"] @ u).split(size) for u in h] for n in "qkv")
+    for t in range(len(tokens)):
+        heads = []
+        for head in range(config.n_heads):
+            scores = torch.stack([turn(q[t][head], t) @ turn(k[s][head // group], s) / size ** 0.5 for s in range(t + 1)])
+            heads.append(sum(p * v[s][head // group] for s, p in enumerate(scores.softmax(0))))
+        y = x[t] + w[layer + "self_attn.o_proj.weight"] @ torch.cat(heads)
+        z = norm(y, w[layer + "post_attention_layernorm.weight"])
+        gate = w[layer + "mlp.gate_proj.weight"] @ z
+        y = y + w[layer + "mlp.down_proj.weight"] @ (gate * torch.sigmoid(gate) * (w[layer + "mlp.up_proj.weight"] @ z))
+        logits = w["lm_head.weight"] @ norm(y, w["model.norm.weight"])
+        torch.testing.assert_close(model(tokens[None])[0, t].double(), logits, atol=1e-5, rtol=0)
+
+
+def test_padding_never_matters(actor, critic):
+    tokens, mask = ragged()
+    logits, scalars = actor(tokens, mask), critic(tokens, mask)
+    poisoned = actor(tokens.where(mask, 60), mask)
+    for b in range(3):
+        alone = tokens[b][mask[b]][None]
+        torch.testing.assert_close(logits[b][mask[b]], actor(alone)[0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(scalars[b][mask[b]], critic(alone)[0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(poisoned[b][mask[b]], logits[b][mask[b]])
+    assert logits[~mask].abs().max() == 0 and scalars[~mask].abs().max() == 0
+
+
+def test_token_logprobs_are_shifted_once(actor):
+    tokens, mask = ragged()
+    response = mask & (mask.cumsum(1) > 3)
+    logprobs, entropy = token_logprobs_and_entropy(actor, tokens, mask, response, temperature=0.7)
+    for b in range(3):
+        row = tokens[b][mask[b]]
+        for i, t in enumerate(mask[b].nonzero()[:, 0].tolist()):
+            if i <= 2:
+                assert logprobs[b, t] == 0 and entropy[b, t] == 0
+                continue
+            distribution = (actor(row[None, :i])[0, -1].double() / 0.7).softmax(0)  # sees tokens before i only
+            assert logprobs[b, t].item() == pytest.approx(distribution[row[i]].log().item(), abs=1e-5)
+            assert entropy[b, t].item() == pytest.approx(-(distribution * distribution.log()).sum().item(), abs=1e-5)
+    torch.testing.assert_close(token_logprobs(actor(tokens), tokens), token_logprobs(actor, tokens))
+    assert logprobs[~response].abs().max() == 0
+
+
+def test_first_token_cannot_be_scored(actor):
+    with pytest.raises(ValueError, match="no predecessor"):
+        token_logprobs(actor, torch.tensor([[1, 2]]), None, torch.tensor([[True, True]]))
+
+
+def test_values_belong_to_the_state_before_the_token(critic):
+    tokens, mask = ragged()
+    response = mask & (mask.cumsum(1) > 3)
+    values = token_values(critic, tokens, mask, response)
+    for b in range(3):
+        row = tokens[b][mask[b]]
+        for i, t in enumerate(mask[b].nonzero()[:, 0].tolist()):
+            expected = critic(row[None, :i])[0, -1].item() if i > 2 else 0.0
+            assert values[b, t].item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_score_is_read_at_the_last_real_token(critic):
+    tokens, mask = ragged()
+    scores = last_scores(critic, tokens, mask)
+    for b in range(3):
+        assert scores[b].item() == pytest.approx(critic(tokens[b][mask[b]][None])[0, -1].item(), abs=1e-5)
+
+
+def test_cached_greedy_equals_full_forward_greedy(actor):
+    out = generate(actor, PROMPTS, 12, temperature=0.0)
+    for prompt, new in zip(PROMPTS, out.tokens):
+        row = list(prompt)
+        for token in new:
+            assert actor(torch.tensor([row]))[0, -1].argmax().item() == token
+            row.append(token)
+
+
+def test_sampling_does_not_depend_on_the_batch(actor):
+    together = generate(actor, PROMPTS, 20, seed=7, eos_id=5, rows=[4, 9, 2])
+    alone = [generate(actor, [p], 20, seed=7, eos_id=5, rows=[row]) for p, row in zip(PROMPTS, (4, 9, 2))]
+    chunked = generate(actor, PROMPTS, 20, seed=7, eos_id=5, rows=[4, 9, 2], batch_size=2)
+    assert together.tokens == [a.tokens[0] for a in alone] == chunked.tokens
+    assert generate(actor, PROMPTS, 20, seed=8, eos_id=5, rows=[4, 9, 2]).tokens != together.tokens
+    assert len({len(row) for row in together.tokens}) > 1, "rows should end at different lengths, or compaction is not tested"
+
+
+def test_sampler_logprobs_are_the_models(actor):
+    out = generate(actor, PROMPTS, 15, temperature=1.3, top_k=20, seed=3)
+    for prompt, new, logprobs in zip(PROMPTS, *out):
+        expected = token_logprobs(actor, torch.tensor([prompt + new]), temperature=1.3)[0, len(prompt):]
+        torch.testing.assert_close(torch.tensor(logprobs), expected, atol=1e-5, rtol=0)
+
+
+def test_generation_ends_with_eos_included(actor):
+    out = generate(actor, PROMPTS * 10, 30, seed=1, eos_id=5)
+    ended = [row for row in out.tokens if 5 in row]
+    assert ended and all(row.index(5) == len(row) - 1 for row in ended)
+    assert all(len(row) == 30 for row in out.tokens if 5 not in row)
+    assert all(len(row) == 30 for row in generate(actor, PROMPTS, 30, seed=1, eos_id=None).tokens)
+
+
+def test_sampling_frequencies(actor):
+    logits = torch.tensor([[0.0, 1.0, 2.0, -torch.inf]]).repeat(20_000, 1)
+    uniforms = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
+    tokens, logprobs = choose(logits, uniforms, temperature=0.5, top_k=0, top_p=1.0)
+    expected = torch.tensor([0.0, 2.0, 4.0]).softmax(0)
+    torch.testing.assert_close(tokens.bincount(minlength=4)[:3] / 20_000, expected, atol=0.01, rtol=0)
+    assert (tokens != 3).all()
+    torch.testing.assert_close(logprobs, expected.log()[tokens])
+    assert choose(logits[:1], torch.tensor([0.99999994]), 0.5, 0, 1.0)[0].item() == 2
+
+
+def test_filters_keep_the_right_tokens():
+    logits = torch.tensor([[0.5, 0.2, 0.2, 0.1]]).log()
+    assert (filter_logits(logits, 2, 1.0) > -torch.inf).tolist() == [[True, True, True, False]]  # a tie at the border stays
+    assert (filter_logits(logits, 0, 0.5) > -torch.inf).tolist() == [[True, False, False, False]]
+    assert (filter_logits(logits, 0, 0.6) > -torch.inf).sum().item() == 2
+    assert (filter_logits(logits, 1, 0.01) > -torch.inf).sum().item() == 1
+
+
+def test_generation_refuses_what_does_not_fit(actor):
+    with pytest.raises(ValueError, match="context is 64"):
+        generate(actor, [[1] * 60], 5)
+    with pytest.raises(ValueError, match="empty"):
+        generate(actor, [[]], 5)
+    assert generate(actor, [], 5).tokens == []
+
+
+@pytest.mark.parametrize("bad", [{"dim": 30}, {"n_kv_heads": 3}, {"n_layers": 0}])
+def test_impossible_shapes(config, bad):
+    with pytest.raises(ValueError):
+        replace(config, **bad)
+
+
+def test_save_and_load(actor, critic, config, tmp_path):
+    tokens = ragged()[0]
+    save_pretrained(actor, tmp_path / "actor")
+    loaded = load_pretrained(tmp_path / "actor")
+    assert loaded.config == config and torch.equal(loaded(tokens), actor(tokens))
+    save_pretrained(loaded, tmp_path / "again")
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "actor/model.safetensors").read_bytes()
+    save_pretrained(critic, tmp_path / "critic")
+    assert torch.equal(load_pretrained(tmp_path / "critic", kind=ScalarModel)(tokens), critic(tokens))
+    transformers = pytest.importorskip("transformers", reason="transformers judges the files; it is a development dependency")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "actor")
+    torch.testing.assert_close(theirs(tokens).logits, actor(tokens), atol=1e-4, rtol=0)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "critic")
+    padded, mask = ragged()
+    padded[0, 7:] = 0  # transformers finds the end by its pad id, and pads right
+    torch.testing.assert_close(theirs(padded[:1]).logits[:, 0], last_scores(critic, padded[:1], mask[:1]), atol=1e-4, rtol=0)
+
+
+def test_safetensors_round_trip(tmp_path):
+    tensors = {"a": torch.arange(6, dtype=torch.bfloat16).view(2, 3), "b": torch.randn(4), "empty": torch.zeros(0, 3), "c": torch.tensor([1, 2])}
+    write_safetensors(tmp_path / "x.safetensors", tensors)
+    read = read_safetensors(tmp_path / "x.safetensors")
+    assert read.keys() == tensors.keys() and all(torch.equal(read[k], tensors[k]) and read[k].dtype == tensors[k].dtype for k in tensors)
+    theirs = pytest.importorskip("safetensors.torch", reason="the safetensors package judges the file; it is a development dependency")
+    assert all(torch.equal(v, tensors[k]) for k, v in theirs.load_file(tmp_path / "x.safetensors").items())
+
+
+@pytest.mark.parametrize("keep", [0, 4, 20, -1])
+def test_torn_safetensors(tmp_path, keep):
+    write_safetensors(tmp_path / "x.safetensors", {"a": torch.randn(4)})
+    whole = (tmp_path / "x.safetensors").read_bytes()
+    (tmp_path / "torn.safetensors").write_bytes(whole[:keep])
+    with pytest.raises(ValueError, match="torn.safetensors"):
+        read_safetensors(tmp_path / "torn.safetensors")
+
+
+def test_no_model_folder(tmp_path):
+    with pytest.raises(ValueError, match="no model folder"):
+        load_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(ValueError, match="not the config of a LLaMA"):
+        load_pretrained(tmp_path)

@@ -1,0 +1,840 @@
+"""ICE-GRT end to end: SFT, sampling, ranking, reward model, PPO, evaluation.
+
+    python train.py                                 one process
+    torchrun --nproc_per_node=8 train.py            the same experiment, sharded over 8
+    python train.py --help                          every knob, its default and its unit
+
+This file owns the machine: configuration, optimizer steps, schedules, checkpoints, logs and the loop of
+every stage. The algorithms are in sft.py, reward.py and ppo.py; they are handed models, batches and
+callables, and know nothing of ranks or files.
+"""
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Callable, Iterable, Mapping, Sequence, get_args, get_origin, get_type_hints
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import data
+import eval as evaluation
+import microcosm
+import parallel
+import ppo
+import reward
+import sft
+from data import DataConfig, Tokenizer
+from eval import EvalConfig
+from model import ModelConfig, ScalarModel, Transformer, generate, last_scores, read_config, read_json, read_weights, save_pretrained
+from parallel import Machine
+from ppo import PPOConfig
+from reward import RewardConfig
+from sft import SFTConfig
+
+STAGES = ("sft", "sample", "annotate", "reward", "ppo", "eval")
+
+
+# ---------------------------------------------------------------------------------------------
+# Configuration and command line
+
+@dataclass(frozen=True)
+class ModelSection:
+    path: str = ""                      # model folder (Hugging Face layout with tokenizer.model); "": the shape below, from scratch
+    dim: int = 64                       # the embedded world's model; ignored when a folder is given
+    n_layers: int = 2
+    n_heads: int = 4
+    n_kv_heads: int = 4
+    ffn_dim: int = 192
+    vocab_size: int = 512               # sentencepiece pieces, trained at the start of the run
+    max_seq_len: int = 128              # context [tokens]
+
+
+@dataclass(frozen=True)
+class Config:
+    model: ModelSection = field(default_factory=ModelSection)
+    data: DataConfig = field(default_factory=DataConfig)
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    out: str = ""                       # run folder; "": a fresh runs/NNN
+    base: str = ""                      # folder of another run whose finished stages this one starts from
+    seed: int = 0                       # of weights, data order, sampling and the embedded world
+    stages: tuple[str, ...] = STAGES    # a contiguous part of the recipe; earlier results are found in out or base
+    resume: bool = False                # continue the run in `out` where it stopped
+    dtype: str = "auto"                 # auto | float32 | bfloat16: of forwards; parameters are float32 always
+    checkpoint_every: int = 500         # optimizer steps (SFT, reward) or 1/10 of it in iterations (PPO); 0: never
+
+    @property
+    def is_world(self) -> bool:
+        """Whether this is the embedded default, all data its own."""
+        return not self.model.path
+
+
+# Defaults that change with --model=DIR: what a pretrained LLaMA of 7 to 13 billion parameters needs. The
+# paper prints no table; these are the settings that published LLaMA PPO runs agree on.
+PRETRAINED_DEFAULTS = {
+    "data.template": "alpaca", "data.max_prompt_tokens": 512, "data.max_response_tokens": 512,
+    "sft.epochs": 3.0, "sft.batch_size": 128, "sft.microbatch_size": 4, "sft.lr": 2e-5, "sft.weight_decay": 0.0,
+    "reward.epochs": 1.0, "reward.batch_size": 64, "reward.microbatch_size": 1, "reward.generation_batch": 32, "reward.lr": 1e-5, "reward.weight_decay": 0.0,
+    "ppo.iterations": 200, "ppo.batch_size": 512, "ppo.minibatch_size": 128, "ppo.microbatch_size": 4, "ppo.generation_batch": 32, "ppo.epochs": 1,
+    "ppo.lr": 1e-6, "ppo.critic_lr": 5e-6, "ppo.kl_coef": 0.02, "ppo.warmup": 0.03,
+}
+
+
+def parse_value(text: str, hint: Any, flag: str) -> Any:
+    """Read a flag's value by its type; ValueError names flag and type."""
+    if get_origin(hint) is tuple:
+        item = get_args(hint)[0]
+        return tuple(parse_value(part, item, flag) for part in text.split(",") if part)
+    if hint is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError(f"{flag}={text}: expected true or false")
+        return text.lower() == "true"
+    try:
+        return hint(text)
+    except ValueError:
+        raise ValueError(f"{flag}={text}: expected {hint.__name__}")
+
+
+def flag_types() -> dict[str, Any]:
+    """Return every flag's name and type, sections flattened: 'ppo.kl_coef' -> float."""
+    flags: dict[str, Any] = {}
+    for name, hint in get_type_hints(Config).items():
+        if dataclasses.is_dataclass(hint):
+            flags.update({f"{name}.{key}": inner for key, inner in get_type_hints(hint).items()})
+        else:
+            flags[name] = hint
+    return flags
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Return a config as {'ppo.kl_coef': 0.1, ...}."""
+    return {flag: getattr(getattr(config, flag.split(".")[0]), flag.split(".")[1]) if "." in flag else getattr(config, flag)
+            for flag in flag_types()}
+
+
+def unflatten(values: Mapping[str, Any]) -> Config:
+    """Build a config from flat values; missing ones take their defaults."""
+    sections: dict[str, Any] = {}
+    for flag, value in values.items():
+        name, _, key = flag.partition(".")
+        if key:
+            sections.setdefault(name, {})[key] = value
+        else:
+            sections[name] = value
+    hints = get_type_hints(Config)
+    return Config(**{name: hints[name](**value) if dataclasses.is_dataclass(hints[name]) else value for name, value in sections.items()})
+
+
+def config_from_file(path: str) -> dict[str, Any]:
+    """Read the flat values in a run's config.json; ValueError for keys this version does not have."""
+    values = read_json(Path(path)).get("config")
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: has no \"config\" object: give the config.json of a run folder")
+    unknown = sorted(set(values) - set(flag_types()))
+    if unknown:
+        raise ValueError(f"{path}: unknown setting {unknown[0]!r}")
+    return {flag: tuple(value) if isinstance(value, list) else value for flag, value in values.items()}
+
+
+def parse_args(args: Sequence[str]) -> Config:
+    """Read --section.name=value flags; raises ValueError for anything it does not know."""
+    types, given = flag_types(), {}
+    for arg in args:
+        name, equals, text = arg.partition("=")
+        flag = name.removeprefix("--")
+        if not name.startswith("--") or not equals and types.get(flag) is not bool:
+            raise ValueError(f"cannot read {arg!r}: flags are written --section.name=value (see --help)")
+        flag = "model.path" if flag == "model" else flag
+        if flag not in types and flag != "config":
+            near = [known for known in types if known.split(".")[-1] == flag.split(".")[-1]]
+            raise ValueError(f"unknown flag --{flag}" + (f" (did you mean --{near[0]}?)" if near else " (see --help)"))
+        given[flag] = text if flag == "config" else parse_value(text if equals else "true", types[flag], f"--{flag}")
+    values = config_from_file(given.pop("config")) if "config" in given else {}
+    values.update({"out": "", "resume": False} if values else {})
+    pretrained = given.get("model.path", values.get("model.path", ""))
+    return check(unflatten({**(PRETRAINED_DEFAULTS if pretrained and not values else {}), **values, **given}))
+
+
+def check(config: Config) -> Config:
+    """Refuse impossible combinations in one line each."""
+    order = [STAGES.index(stage) if stage in STAGES else -1 for stage in config.stages]
+    if not order or -1 in order or order != list(range(order[0], order[0] + len(order))):
+        raise ValueError(f"--stages={','.join(config.stages)}: give a contiguous part of {','.join(STAGES)}")
+    if config.dtype not in ("auto", "float32", "bfloat16"):
+        raise ValueError(f"--dtype={config.dtype}: use auto, float32 or bfloat16")
+    if config.resume and not config.out:
+        raise ValueError("--resume needs --out=FOLDER: the run to continue")
+    if len(config.reward.temperatures) < 2:
+        raise ValueError("--reward.temperatures: ranking needs at least two responses per prompt")
+    if not config.is_world:
+        needed = {"sft": ("sft.data", config.sft.data), "ppo": ("ppo.prompts", config.ppo.prompts)}
+        for stage, (flag, files) in needed.items():
+            if stage in config.stages and not files:
+                raise ValueError(f"--model is given, so stage {stage} needs --{flag}=FILE")
+    elif config.sft.data or config.reward.data or config.ppo.prompts:
+        raise ValueError("data files need a model to train: give --model=DIR")
+    return config
+
+
+def check_ranks(config: Config, world: int) -> None:
+    """Refuse batch sizes that the ranks cannot share evenly."""
+    for flag in ("sft.batch_size", "reward.batch_size", "ppo.batch_size", "ppo.minibatch_size"):
+        if flatten(config)[flag] % world:
+            raise ValueError(f"--{flag}={flatten(config)[flag]} cannot be shared by {world} processes: make it a multiple of {world}")
+
+
+def usage() -> str:
+    """List every flag with its default, the default under --model=DIR where it differs, and its comment in the source."""
+    lines = [__doc__.strip(), "", "--model=DIR is short for --model.path=DIR; --config=FILE starts from the config.json of another run.", ""]
+    comments = {}
+    for name, hint in {"": Config, **get_type_hints(Config)}.items():
+        if dataclasses.is_dataclass(hint):
+            for line in inspect.getsource(hint).splitlines():
+                code, _, comment = line.partition("  # ")
+                comments[f"{name}.{code.split(':')[0].strip()}".removeprefix(".")] = comment.strip()
+    for flag, value in flatten(Config()).items():
+        shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+        pretrained = f" [{PRETRAINED_DEFAULTS[flag]} with --model]" if flag in PRETRAINED_DEFAULTS else ""
+        lines.append(f"  --{flag + '=' + str(shown):34}{pretrained} {comments.get(flag, '')}".rstrip())
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------
+# A run: its folder, its log, its optimizer steps
+
+@dataclass(frozen=True)
+class Run:
+    """What every stage needs: the settings, this process, and where results are."""
+    config: Config
+    machine: Machine
+    out: Path
+    tokenizer: Tokenizer
+
+    def result(self, name: str) -> Path | None:
+        """Return where an earlier stage's result is, in this run's folder or its base; None if nowhere."""
+        for folder in (self.out, Path(self.config.base) if self.config.base else self.out):
+            if (folder / name).exists():
+                return folder / name
+        return None
+
+    def needed(self, name: str, stage: str) -> Path:
+        found = self.result(name)
+        if found is None:
+            raise ValueError(f"{self.out / name} does not exist: run --stages={stage} first, or name a run that has it with --base=FOLDER")
+        return found
+
+    def log(self, stage: str, step: int, **numbers: float) -> None:
+        """Append one line to metrics.jsonl."""
+        if self.machine.is_main:
+            with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps({"stage": stage, "step": step, **numbers}) + "\n")
+
+    def say(self, text: str) -> None:
+        if self.machine.is_main:
+            tqdm.write(text)
+
+    def bar(self, stage: str, total: int, start: int = 0) -> tqdm:
+        return tqdm(total=total, initial=start, desc=f"{stage:<9}", disable=not self.machine.is_main, dynamic_ncols=True, mininterval=0.5)
+
+
+def lr_at(step: int, steps: int, peak: float, end: float, warmup: float) -> float:
+    """Rise linearly to `peak` over warmup * steps, then fall linearly to end * peak at the last step."""
+    rise = int(warmup * steps)
+    if step < rise:
+        return peak * (step + 1) / rise
+    return peak * (1 - (1 - end) * (step - rise) / max(steps - rise, 1))
+
+
+def update(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterable[Any], loss: Callable, lr: float,
+           max_grad_norm: float, machine: Machine) -> dict[str, float]:
+    """Take one optimizer step on the mean loss over all ranks' micro-batches.
+
+    loss(model, batch) returns the *sum* over the batch's terms and stats; batch.count is their number.
+    The sum is divided by the count of the whole step, over all micro-batches and ranks, so that how the
+    batch is cut up does not change the update. Returns the stats, averaged globally, and grad_norm.
+    """
+    batches = list(batches)
+    count = parallel.all_sum(torch.stack([batch.count for batch in batches]).sum().float())
+    gathered_stats: list[ppo.Stats] = []
+    for batch in batches:
+        with machine.autocast():
+            loss_sum, stats = loss(model, batch)
+        (loss_sum * (machine.world / count.clamp(min=1))).backward()  # FSDP averages gradients: undo that
+        gathered_stats.append(stats)
+    means = [name for name, stat in gathered_stats[0].items() if isinstance(stat, tuple)]
+    sums = [torch.stack([torch.stack([part.float() for part in stats[name]]) for stats in gathered_stats]).sum(0) for name in means]
+    sums = parallel.all_sum(torch.cat([parallel.grad_square_sum(model)[None], *sums]))
+    norm = sums[0].sqrt()
+    result = {name: (sums[1 + 2 * i] / sums[2 + 2 * i].clamp(min=1)).item() for i, name in enumerate(means)}
+    for name in gathered_stats[0].keys() - set(means):
+        result[name] = parallel.all_max(torch.stack([stats[name] for stats in gathered_stats]).amax()).item()
+    if not torch.isfinite(norm):
+        raise ValueError(f"the gradient is not finite (loss {result.get('loss')}): lower the learning rate; nothing was updated")
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+        for parameter in group["params"]:
+            parallel.local_part(parameter.grad).mul_((max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+    optimizer.step()
+    optimizer.zero_grad()
+    return {**result, "grad_norm": norm.item()}
+
+
+def train_on(run: Run, name: str, model: nn.Module, examples: Sequence, make_batch: Callable[[Sequence], Any],
+             loss: Callable, config: SFTConfig | RewardConfig, show: Sequence[str]) -> None:
+    """Fit a model to examples: the loop of SFT and reward training.
+
+    make_batch: turns some examples into a batch that `loss` reads.   show: statistics for the progress bar.
+    """
+    optimizer = parallel.adamw(model, config.weight_decay)
+    steps = max(1, round(config.epochs * len(examples) / config.batch_size))
+    start = restore(run, name, {"model": (model, optimizer)}).get("step", 0)
+    bar = run.bar(name, steps, start)
+    for step in range(start, steps):
+        began = time.perf_counter()
+        rows = torch.tensor(data.batch_indices(len(examples), config.batch_size, step, run.config.seed))
+        batches = [make_batch([examples[i] for i in part]) for part in run.machine.share(rows, config.microbatch_size)]
+        lr = lr_at(step, steps, config.lr, config.lr_end, config.warmup)
+        stats = update(model, optimizer, batches, loss, lr, config.max_grad_norm, run.machine)
+        tokens = parallel.all_sum(torch.tensor(float(sum(batch.attention_mask.sum() for batch in batches)))).item()
+        stats["tokens_per_second"] = tokens / (time.perf_counter() - began)
+        run.log(name, step + 1, **stats, lr=lr)
+        bar.set_postfix({key: f"{stats[key]:.3g}" for key in (*show, "tokens_per_second")}, refresh=False)
+        bar.update()
+        keep(run, name, step + 1, steps, run.config.checkpoint_every, {"model": (model, optimizer)}, {})
+    bar.close()
+
+
+def keep(run: Run, stage: str, step: int, steps: int, every: int, trained: Mapping, state: dict) -> None:
+    """Save a resumable checkpoint every `every` steps."""
+    if every and step % every == 0 and step < steps:
+        parallel.save_checkpoint(run.out / "checkpoints" / stage / f"{step:06d}", trained, {**state, "step": step}, run.machine)
+
+
+def restore(run: Run, stage: str, trained: Mapping) -> dict:
+    """Load the newest checkpoint of a stage when resuming; drop log lines written after it. {} if there is none."""
+    if not run.config.resume:
+        return {}
+    folders = sorted(p for p in (run.out / "checkpoints" / stage).glob("*") if p.suffix != ".partial")
+    state = parallel.load_checkpoint(folders[-1], trained) if folders else {}
+    if run.machine.is_main and (run.out / "metrics.jsonl").exists():
+        lines = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        kept = [line for line in lines if line["stage"] != stage or line["step"] <= state.get("step", 0)]
+        evaluation.write_jsonl(run.out / "metrics.jsonl", kept)
+    return state
+
+
+def save_model(run: Run, model: nn.Module, name: str, extra: Mapping | None = None) -> None:
+    """Write a model folder in the Hugging Face layout."""
+    weights = parallel.full_weights(model)
+    if run.machine.is_main:
+        save_pretrained(model, run.out / name, run.tokenizer, weights, extra)
+    parallel.gather_objects(None)
+
+
+def load_model(run: Run, path: Path, kind: type[nn.Module] = Transformer) -> nn.Module:
+    """Load a model folder, sharded; a scalar model from a language model gets a fresh head."""
+    weights = read_weights(path)
+    config = read_config(path)
+    if config.tie_embeddings and kind is Transformer:
+        weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
+    if kind is ScalarModel and "score.weight" not in weights:
+        head = torch.randn(1, config.dim, generator=torch.Generator().manual_seed(run.config.seed)) / (config.dim + 1) ** 0.5
+        weights["score.weight"] = head
+    return parallel.build(kind, config, weights, run.machine)
+
+
+def to_device(run: Run, *tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(tensor.to(run.machine.device) for tensor in tensors)
+
+
+# ---------------------------------------------------------------------------------------------
+# Data of every stage: the embedded world, or files
+
+def messages_of(prompt: str) -> tuple[data.Message, ...]:
+    return (data.Message("user", prompt),)
+
+
+def world_items(run: Run, split: str, n: int, share: float) -> list[microcosm.Item]:
+    return microcosm.items(split, n, run.config.seed, share)
+
+
+def sft_examples(run: Run) -> list[data.TokenizedDialogue]:
+    """Return the dialogues to imitate; the world's are imperfect by construction."""
+    config = run.config
+    if config.is_world:
+        rng = random.Random(f"demonstrations {config.seed}")
+        records = [data.Dialogue((*messages_of(item.prompt), data.Message("assistant", microcosm.demonstrate(item, rng))), item.task)
+                   for item in world_items(run, "train", config.sft.examples, config.sft.in_domain_share)]
+    else:
+        records, report = data.read_dialogues(config.sft.data, config.data.skip_bad)
+        run.say(f"sft data: {report}")
+    examples, report = data.encode_sft(records, run.tokenizer, config.data.template,
+                                       config.data.max_prompt_tokens + config.data.max_response_tokens)
+    run.say(f"sft examples: {report}")
+    return examples
+
+
+def ppo_prompts(run: Run) -> tuple[list[data.Prompt], list[list[int]]]:
+    """Return PPO's prompts and their token ids, in the order of the files; the world's come from the training split."""
+    config = run.config
+    if config.is_world:
+        n = config.ppo.iterations * config.ppo.batch_size
+        records = [data.Prompt(messages_of(item.prompt), item.task, None) for item in
+                   microcosm.items("train", n, config.seed + 1_000_000, config.ppo.in_domain_share)]
+    else:
+        records, report = data.read_prompts(config.ppo.prompts, config.data.skip_bad)
+        run.say(f"ppo prompts: {report}")
+    ids, records, report = data.encode_prompts(records, run.tokenizer, config.data.template, config.data.max_prompt_tokens)
+    if len(ids) <= config.eval.holdout and not config.is_world and not config.eval.prompts:
+        raise ValueError(f"--ppo.prompts has {len(ids)} usable prompts and --eval.holdout={config.eval.holdout} of them are held out: lower it")
+    return records, ids
+
+
+def training_prompts(run: Run) -> list[list[int]]:
+    """Return the prompts PPO trains on: all but those kept for evaluation."""
+    _, ids = ppo_prompts(run)
+    keep_out = 0 if run.config.is_world or run.config.eval.prompts else run.config.eval.holdout
+    return ids[:len(ids) - keep_out]
+
+
+def sft_batch(run: Run, examples: Sequence[data.TokenizedDialogue]) -> sft.Batch:
+    tokens, attention_mask = data.pad([example.tokens for example in examples])
+    return sft.Batch(*to_device(run, tokens, attention_mask, data.pad_masks([example.response_mask for example in examples])))
+
+
+def reward_batch(run: Run, examples: Sequence[data.TokenizedRanking]) -> reward.Batch:
+    """Lay out N prompts x G responses; a prompt with fewer than G gets one-token rows of rank NaN."""
+    size = max(len(example.responses) for example in examples)
+    rows, ranks = [], torch.full((len(examples), size), torch.nan)
+    for n, example in enumerate(examples):
+        texts = [example.prompt + response for response in example.responses]
+        rows += texts + [example.prompt[:1]] * (size - len(texts))
+        ranks[n, :len(texts)] = torch.tensor(example.ranks)
+    return reward.Batch(*to_device(run, *data.pad(rows), ranks))
+
+
+# ---------------------------------------------------------------------------------------------
+# The six stages
+
+def world_shape(run: Run, **own: int) -> ModelConfig:
+    """Return the shape of the embedded world's model, with the nonzero sizes of `own` in place of the actor's."""
+    m = run.config.model
+    shape = {"dim": m.dim, "n_layers": m.n_layers, "n_heads": m.n_heads, "ffn_dim": m.ffn_dim, **{k: v for k, v in own.items() if v}}
+    heads = shape["n_heads"] if own.get("n_heads") else m.n_kv_heads
+    return ModelConfig(n_kv_heads=heads, vocab_size=run.tokenizer.vocab_size, max_seq_len=m.max_seq_len, **shape)
+
+
+def supervise(run: Run, name: str, model: nn.Module) -> None:
+    """Fine-tune a model on the demonstrations and save it as `name`."""
+    train_on(run, name, model, sft_examples(run), partial(sft_batch, run), sft.loss, run.config.sft, show=("loss",))
+    save_model(run, model, name)
+
+
+def run_sft(run: Run) -> None:
+    """ICE-Instruct."""
+    config = run.config
+    if config.is_world:
+        model = parallel.build(Transformer, world_shape(run), config.seed, run.machine)
+    else:
+        model = load_model(run, Path(config.model.path))
+    supervise(run, "sft", model)
+
+
+def run_sample(run: Run) -> None:
+    """Draw several responses per prompt from the SFT model, for an annotator to rank."""
+    config = run.config
+    if config.is_world:
+        items = world_items(run, "preference", config.reward.sampled_prompts, config.reward.in_domain_share)
+        texts, tasks = [item.prompt for item in items], [item.task for item in items]
+        prompts = [data.encode_prompt(run.tokenizer, messages_of(text), config.data.template) for text in texts]
+    else:
+        records, prompts = ppo_prompts(run)
+        prompts = prompts[:config.reward.sampled_prompts]
+        texts, tasks = [record.messages[-1].content for record in records], [""] * len(prompts)
+    model = load_model(run, run.needed("sft", "sft"))
+    mine = run.machine.slice(list(range(len(prompts))))
+    bar = run.bar("sample", len(mine))
+    drawn: list[list[list[int]]] = []
+    with parallel.gathered(model):
+        for i in range(0, len(mine), config.reward.generation_batch):
+            rows = mine[i:i + config.reward.generation_batch]
+            drawn += reward.sample(model, [prompts[row] for row in rows], rows, config.reward, config.data.max_response_tokens,
+                                   run.tokenizer.eos_id, seed=config.seed * 10 + 1)
+            bar.update(len(rows))
+    bar.close()
+    responses = [row for part in parallel.gather_objects(drawn) for row in part]
+    if run.machine.is_main:
+        evaluation.write_jsonl(run.out / "to_rank.jsonl", (
+            {"id": i, "task": task, "prompt": text, "responses": [run.tokenizer.decode(ids) for ids in group], "ranks": None,
+             "prompt_ids": prompt, "response_ids": group}
+            for i, (task, text, prompt, group) in enumerate(zip(tasks, texts, prompts, responses))))
+    parallel.gather_objects(None)
+    if not config.is_world:
+        run.say(f"{len(responses)} prompts with {len(config.reward.temperatures)} responses each wait in {run.out / 'to_rank.jsonl'}.\n"
+                f"Replace each \"ranks\": null by a list such as [2, 1, 3, 3, 5] (1 is best, equal numbers are ties), then run\n"
+                f"  train.py --config={run.out / 'config.json'} --out={run.out} --stages=annotate,reward,ppo,eval")
+
+
+def run_annotate(run: Run) -> None:
+    """Turn the drawn responses into rankings: people's, or the embedded annotator's."""
+    def rank() -> int:
+        path, config = run.needed("to_rank.jsonl", "sample"), run.config
+        rows = evaluation.read_jsonl(path)
+        if config.is_world:
+            items = world_items(run, "preference", config.reward.sampled_prompts, config.reward.in_domain_share)
+            for row, item in zip(rows, items, strict=True):
+                row["ranks"] = row["ranks"] or microcosm.annotate(item, row["responses"], config.seed, config.reward.noise)
+        for number, row in enumerate(rows, 1):
+            ranks = row.get("ranks")
+            if not isinstance(ranks, list) or len(ranks) != len(row["responses"]) or not all(isinstance(r, (int, float)) for r in ranks):
+                raise ValueError(f"{path}:{number}: \"ranks\" must be a list of {len(row['responses'])} numbers, 1 is best: rank this prompt first")
+        evaluation.write_jsonl(run.out / "ranked.jsonl", rows)
+        return sum(len(set(row["ranks"])) > 1 for row in rows)
+    informative = parallel.from_main(rank)
+    run.say(f"annotate : {informative} prompts have a pair of differently ranked responses")
+
+
+def rankings(run: Run) -> tuple[list[data.TokenizedRanking], list[str]]:
+    """Return the rankings that hold a pair, and each one's task, shuffled."""
+    config = run.config
+    if config.reward.data:
+        records, report = data.read_rankings(config.reward.data, config.data.skip_bad)
+        run.say(f"reward data: {report}")
+        ranked, report = data.encode_rankings(records, run.tokenizer, config.data.template,
+                                              config.data.max_prompt_tokens + config.data.max_response_tokens)
+        run.say(f"reward examples: {report}")
+        tasks = [""] * len(ranked)
+    else:
+        ranked, tasks = [], []
+        for row in evaluation.read_jsonl(run.needed("ranked.jsonl", "annotate")):
+            distinct = {tuple(ids): rank for ids, rank in zip(row["response_ids"], row["ranks"])}
+            if len(set(distinct.values())) > 1:
+                ranked.append(data.TokenizedRanking(row["prompt_ids"], [list(ids) for ids in distinct], list(distinct.values())))
+                tasks.append(row["task"])
+    order = data.epoch_order(len(ranked), config.seed, 0)
+    return [ranked[i] for i in order], [tasks[i] for i in order]
+
+
+def reward_start(run: Run) -> Path:
+    """Return the weights the reward model starts from: given ones, the SFT model, or its own SFT when it has its own size."""
+    config = run.config.reward
+    own = {"dim": config.dim, "n_layers": config.n_layers, "n_heads": config.n_heads, "ffn_dim": config.ffn_dim}
+    if config.model:
+        return Path(config.model)
+    if not any(own.values()):
+        return run.needed("sft", "sft")
+    if not run.config.is_world:
+        raise ValueError("--reward.dim and the like shape the embedded world's reward model; with --model give --reward.model=DIR")
+    if not run.result("reward_sft"):
+        supervise(run, "reward_sft", parallel.build(Transformer, world_shape(run, **own), run.config.seed, run.machine))
+    return run.needed("reward_sft", "reward")
+
+
+@torch.no_grad()
+def measure_accuracy(run: Run, model: nn.Module, held_out: Sequence[data.TokenizedRanking], tasks: Sequence[str]) -> dict[str, float]:
+    """Return the share of held-out pairs in the annotator's order: all, and by in-domain and general where that is known."""
+    totals = torch.zeros(2, 2, device=run.machine.device)  # (general, in-domain) x (right, pairs)
+    mine, size = run.machine.slice(list(range(len(held_out)))), run.config.reward.microbatch_size
+    with parallel.gathered(model), run.machine.autocast():
+        for kind in (0, 1):
+            rows = [i for i in mine if (tasks[i] == "ad") == kind]
+            for i in range(0, len(rows), size):
+                batch = reward_batch(run, [held_out[row] for row in rows[i:i + size]])
+                totals[kind] += torch.stack(reward.pair_accuracy(reward.group_scores(model, batch), batch.ranks))
+    parallel.all_sum(totals)
+    shares = {"accuracy": (totals[:, 0].sum() / totals[:, 1].sum()).item()}
+    if run.config.is_world:
+        shares["in_domain"], shares["general"] = ((totals[k, 0] / totals[k, 1]).item() for k in (1, 0))
+    return shares
+
+
+@torch.no_grad()
+def score_samples(run: Run, model: nn.Module, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> list[float]:
+    """Return the reward model's raw scores of this rank's responses; the model is gathered by the caller."""
+    scores: list[float] = []
+    texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+    for i in range(0, len(texts), run.config.ppo.microbatch_size):
+        tokens, attention_mask = to_device(run, *data.pad(texts[i:i + run.config.ppo.microbatch_size]))
+        with run.machine.autocast():
+            scores += last_scores(model, tokens, attention_mask).tolist()
+    return scores
+
+
+def answer(run: Run, model: nn.Module, prompts: Sequence[list[int]], temperature: float, seed: int = 0) -> list[list[int]]:
+    """Return one response of `model` to each of this rank's part of the prompts."""
+    mine = run.machine.slice(list(range(len(prompts))))
+    with parallel.gathered(model), run.machine.autocast():
+        return generate(model, [prompts[i] for i in mine], run.config.data.max_response_tokens, temperature,
+                        eos_id=run.tokenizer.eos_id, seed=seed, rows=mine, batch_size=run.config.ppo.generation_batch).tokens
+
+
+def calibration(run: Run, model: nn.Module, fallback: Sequence[data.TokenizedRanking]) -> tuple[float, float]:
+    """Return mean and standard deviation of the scores of SFT samples on PPO's prompts; of ranked responses if there are no prompts."""
+    config = run.config
+    if not config.reward.calibrate:
+        return 0.0, 1.0
+    if config.is_world or config.ppo.prompts:
+        prompts = training_prompts(run)[:512]
+        responses = answer(run, load_model(run, run.needed("sft", "sft")), prompts, config.ppo.temperature, seed=config.seed * 10 + 2)
+        prompts = run.machine.slice(prompts)
+    else:
+        pairs = [(ranking.prompt, response) for ranking in fallback[:512] for response in ranking.responses]
+        prompts, responses = (run.machine.slice(list(part)) for part in zip(*pairs))
+    with parallel.gathered(model):
+        scores = score_samples(run, model, prompts, responses)
+    return reward.calibrate([score for part in parallel.gather_objects(scores) for score in part])
+
+
+def run_reward(run: Run) -> None:
+    """ICE-Reward."""
+    config = run.config.reward
+    ranked, tasks = rankings(run)
+    kept = max(1, round(config.holdout * len(ranked)))
+    if len(ranked) - kept < 1:
+        raise ValueError(f"{len(ranked)} rankings with a pair are too few to train on and to hold out {kept}")
+    start = reward_start(run)
+    model = load_model(run, start, ScalarModel)
+    train_on(run, "reward", model, ranked[kept:], partial(reward_batch, run), reward.loss, config, show=("loss", "accuracy"))
+    accuracy = measure_accuracy(run, model, ranked[:kept], tasks[:kept])
+    mean, std = calibration(run, model, ranked[kept:])
+    save_model(run, model, "reward", {"score_mean": mean, "score_std": std, "holdout_accuracy": accuracy})
+    run.say(f"reward   : orders {100 * accuracy['accuracy']:.1f} % of held-out pairs as the annotator")
+
+
+def run_ppo(run: Run) -> None:
+    """ICE-GRT."""
+    config, machine = run.config.ppo, run.machine
+    reward_path, sft_path = run.needed("reward", "reward"), run.needed("sft", "sft")
+    reward_config = read_json(reward_path / "config.json")
+    scale = reward_config.get("score_mean", 0.0), reward_config.get("score_std", 1.0)
+    prompts = training_prompts(run)
+    models = ppo.Models(actor=load_model(run, sft_path), critic=load_model(run, reward_path, ScalarModel),
+                        ref=load_model(run, sft_path).requires_grad_(False), reward_model=load_model(run, reward_path, ScalarModel).requires_grad_(False))
+    parallel.local_part(models.critic.score.weight).div_(scale[1])  # the critic starts in calibrated units
+    actor_optimizer, critic_optimizer = (parallel.adamw(model, config.weight_decay) for model in models[:2])
+    trained = {"actor": (models.actor, actor_optimizer), "critic": (models.critic, critic_optimizer)}
+    state = restore(run, "ppo", trained)
+    controller = ppo.AdaptiveKLController(state.get("kl_coef", config.kl_coef), config.kl_target, config.kl_horizon)
+    start = state.get("step", 0)
+    bar = run.bar("ppo", config.iterations, start)
+    for iteration in range(start, config.iterations):
+        began = time.perf_counter()
+        rows = data.batch_indices(len(prompts), config.batch_size, iteration, run.config.seed)
+        mine = machine.slice(list(range(config.batch_size)))
+        with machine.autocast():
+            rollout = ppo.collect(models, [prompts[rows[i]] for i in mine], [iteration * config.batch_size + i for i in mine], config,
+                                  run.config.data.max_response_tokens, run.tokenizer.eos_id, scale, seed=run.config.seed * 10 + 3,
+                                  gathered=parallel.gathered, gather=parallel.gather_objects)
+        rollout, stats = ppo.assign_credit(rollout, config, controller.kl_coef)
+        rolled = time.perf_counter()
+        lr, critic_lr = (lr_at(iteration, config.iterations, peak, config.lr_end, config.warmup) for peak in (config.lr, config.critic_lr))
+        update_actor = partial(update, models.actor, actor_optimizer, loss=partial(ppo.actor_loss, config=config),
+                               lr=lr, max_grad_norm=config.max_grad_norm, machine=machine)
+        update_critic = partial(update, models.critic, critic_optimizer, loss=partial(ppo.critic_loss, config=config),
+                                lr=critic_lr, max_grad_norm=config.max_grad_norm, machine=machine)
+        steps = ppo.learn(rollout, config, update_actor, update_critic, seed=run.config.seed * 100_000 + iteration, share=machine.share)
+        stats.update(kl_coef=controller.kl_coef, lr=lr, critic_lr=critic_lr)
+        if config.kl_target > 0:
+            controller.update(stats["kl"], config.batch_size)
+        stats.update(summary(steps), seconds_rollout=rolled - began, seconds_update=time.perf_counter() - rolled)
+        run.log("ppo", iteration + 1, **stats, tokens_per_second=rollout.attention_mask.sum().item() / (time.perf_counter() - began))
+        show_episodes(run, iteration + 1, rollout)
+        bar.set_postfix({"score": f"{stats['score_mean']:.2f}", "kl": f"{stats['kl']:.2f}", "length": f"{stats['response_length']:.1f}"}, refresh=False)
+        bar.update()
+        keep(run, "ppo", iteration + 1, config.iterations, run.config.checkpoint_every // 10, trained, {"kl_coef": controller.kl_coef})
+    bar.close()
+    save_model(run, models.actor, "ppo")
+
+
+def summary(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Average the statistics of an iteration's optimizer steps; of the largest ratio take the largest."""
+    result = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
+    return {**result, "ratio_max": max(step["ratio_max"] for step in steps)}
+
+
+def show_episodes(run: Run, step: int, rollout: ppo.Rollout, n: int = 2) -> None:
+    """Append the first episodes of a rollout to samples.jsonl."""
+    if run.machine.is_main:
+        with open(run.out / "samples.jsonl", "a", encoding="utf-8") as file:
+            for b in range(min(n, len(rollout.scores))):
+                mask = rollout.response_mask[b]
+                prompt = run.tokenizer.decode(rollout.tokens[b][rollout.attention_mask[b] & ~mask].tolist())
+                file.write(json.dumps({"step": step, "prompt": prompt, "response": run.tokenizer.decode(rollout.tokens[b][mask].tolist()),
+                                       "score": rollout.scores[b].item(), "cut_off": rollout.cut_off[b].item()}, ensure_ascii=False) + "\n")
+
+
+def run_eval(run: Run) -> None:
+    """Compare the SFT and the PPO model on prompts none of the stages has seen."""
+    config = run.config
+    if config.is_world:
+        items: Sequence[Any] = (microcosm.items("eval", config.eval.in_domain, config.seed, 1.0)
+                                + microcosm.items("eval", config.eval.general, config.seed, 0.0))
+        prompts = [data.encode_prompt(run.tokenizer, messages_of(item.prompt), config.data.template) for item in items]
+    else:
+        items, prompts = held_out_prompts(run)
+    reward_path = run.result("reward")
+    answers, scores, models = {}, {}, {}
+    for name in ("sft", "ppo"):
+        path = run.result(name)
+        if path is None:
+            continue
+        mine = answer(run, load_model(run, path), prompts, temperature=0.0)
+        answers[name] = [run.tokenizer.decode(ids) for part in parallel.gather_objects(mine) for ids in part]
+        if config.is_world:
+            models[name], scores[name] = evaluation.grade_world(items, answers[name])
+        else:
+            scores[name] = reward_scores(run, prompts, mine, reward_path) if reward_path else [0.0] * len(prompts)
+            models[name] = {"in_domain": {"score": evaluation.mean(scores[name]), "n": len(prompts)}}
+    if not models:
+        raise ValueError(f"{run.out} has neither an sft nor a ppo model to evaluate")
+    domain = [i for i, item in enumerate(items) if getattr(item, "task", "ad") == "ad"]
+    contests = {"ppo_vs_sft": evaluation.head_to_head([scores["ppo"][i] for i in domain], [scores["sft"][i] for i in domain])} if len(models) == 2 else {}
+    accuracy = read_json(reward_path / "config.json").get("holdout_accuracy", {}) if reward_path else {}
+    results = {"models": models, "head_to_head": contests, "reward_model": accuracy, "seconds": timings(run)}
+    if run.machine.is_main:
+        examples = evaluation.pick_examples(items, answers, scores, config.eval.show)
+        (run.out / "eval.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        report = evaluation.write_report(run.out, results, examples)
+        print(evaluation.table(results), "", evaluation.examples_text(examples), "", report, sep="\n")
+
+
+def held_out_prompts(run: Run) -> tuple[list[Any], list[list[int]]]:
+    """Return the real prompts of the evaluation, as things with a prompt and an answer, and their token ids."""
+    config = run.config
+    if config.eval.prompts:
+        records, report = data.read_prompts(config.eval.prompts, config.data.skip_bad)
+        run.say(f"eval prompts: {report}")
+        ids, records, _ = data.encode_prompts(records, run.tokenizer, config.data.template, config.data.max_prompt_tokens)
+    elif config.ppo.prompts:
+        records, ids = (part[-config.eval.holdout:] for part in ppo_prompts(run))
+    else:
+        raise ValueError("the evaluation needs prompts: give --eval.prompts=FILE")
+    return [Shown(record.messages[-1].content, record.answer) for record in records], ids
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A real prompt as the evaluation shows it."""
+    prompt: str
+    answer: str | None
+
+
+def reward_scores(run: Run, prompts: Sequence[list[int]], mine: Sequence[list[int]], reward_path: Path) -> list[float]:
+    """Return the calibrated scores of all ranks' responses."""
+    config = read_json(reward_path / "config.json")
+    model = load_model(run, reward_path, ScalarModel)
+    with parallel.gathered(model):
+        raw = score_samples(run, model, run.machine.slice(list(prompts)), mine)
+    return [(score - config.get("score_mean", 0.0)) / config.get("score_std", 1.0) for part in parallel.gather_objects(raw) for score in part]
+
+
+# ---------------------------------------------------------------------------------------------
+# Main
+
+RESULTS = {"sft": "sft", "sample": "to_rank.jsonl", "annotate": "ranked.jsonl", "reward": "reward", "ppo": "ppo", "eval": "eval.json"}
+RUNNERS = {"sft": run_sft, "sample": run_sample, "annotate": run_annotate, "reward": run_reward, "ppo": run_ppo, "eval": run_eval}
+
+
+def timings(run: Run) -> dict[str, float]:
+    """Return the wall seconds of every finished stage."""
+    path = run.out / "seconds.json"
+    return read_json(path) if path.exists() else {}
+
+
+def stages_to_run(config: Config, out: Path) -> list[str]:
+    """Drop stages that are not needed; refuse to overwrite a result."""
+    stages = [stage for stage in config.stages if not (config.reward.data and stage in ("sample", "annotate"))]
+    done = [stage for stage in stages if (out / RESULTS[stage]).exists()]
+    if config.resume:
+        return [stage for stage in stages if stage not in done or stage == "eval"]
+    if done and done != ["eval"]:
+        raise ValueError(f"{out / RESULTS[done[0]]} exists: name a fresh --out, or continue with --resume")
+    return stages
+
+
+def open_folder(config: Config) -> Path:
+    """Make the run folder: the one asked for, or the first free runs/NNN."""
+    if config.out:
+        stages_to_run(config, Path(config.out))
+        Path(config.out).mkdir(parents=True, exist_ok=True)
+        return Path(config.out)
+    for number in range(1, 10_000):
+        out = Path("runs") / f"{number:03d}"
+        try:
+            out.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return out
+    raise ValueError("runs/ is full: give --out=FOLDER")
+
+
+def record_config(config: Config, out: Path, world: int) -> None:
+    """Write config.json: everything needed to repeat the run."""
+    here = Path(__file__).parent
+    revision = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True).stdout.strip() or None
+    content = {"config": {**flatten(config), "out": str(out)}, "processes": world, "git": revision,
+               "versions": {"python": platform.python_version(), "torch": torch.__version__}}
+    (out / "config.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def prepare_tokenizer(config: Config, out: Path) -> Tokenizer:
+    """Open the model's tokenizer, or train the embedded world's at the start of the run."""
+    if not config.is_world:
+        shape, tokenizer = read_config(config.model.path), Tokenizer(config.model.path)
+        if tokenizer.vocab_size > shape.vocab_size:
+            raise ValueError(f"{config.model.path}: the tokenizer has {tokenizer.vocab_size} pieces, the model only {shape.vocab_size} embeddings")
+        longest = config.data.max_prompt_tokens + config.data.max_response_tokens
+        if longest > shape.max_seq_len:
+            raise ValueError(f"--data.max_prompt_tokens + --data.max_response_tokens = {longest} exceeds the model's context of {shape.max_seq_len}")
+        return tokenizer
+    path = out / "tokenizer.model"
+    if not path.exists():
+        partial_path = out / "tokenizer.partial"
+        microcosm.train_tokenizer(partial_path, config.model.vocab_size)
+        os.rename(partial_path, path)
+    return Tokenizer(path)
+
+
+def main(args: Sequence[str]) -> None:
+    """Run the stages asked for."""
+    config = parse_args(args)
+    machine = parallel.start(config.dtype)
+    check_ranks(config, machine.world)
+    out = parallel.from_main(lambda: open_folder(config))
+    parallel.from_main(lambda: prepare_tokenizer(config, out).path)
+    run = Run(config, machine, out, prepare_tokenizer(config, out))
+    if machine.is_main:
+        record_config(config, out, machine.world)
+    run.say(f"run folder: {out}   {machine.world} process(es) on {machine.device.type}, {str(machine.dtype).removeprefix('torch.')}")
+    for stage in parallel.from_main(lambda: stages_to_run(config, out)):
+        began = time.perf_counter()
+        RUNNERS[stage](run)
+        if machine.is_main:
+            (out / "seconds.json").write_text(json.dumps({**timings(run), stage: round(time.perf_counter() - began, 2)}))
+        if stage == "sample" and not config.is_world:
+            break  # people's turn
+    parallel.stop()
+
+
+if __name__ == "__main__":
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(usage())
+    else:
+        try:
+            main(sys.argv[1:])
+        except ValueError as error:
+            parallel.fail(f"train.py: error: {error}")
