@@ -40,7 +40,7 @@ Stats = dict[str, tuple[Tensor, Tensor] | Tensor]  # (sum, count): merged by add
 @dataclass(frozen=True)
 class PPOConfig:
     prompts: tuple[str, ...] = ()       # prompt files; none: the embedded world's training prompts
-    in_domain_share: float = 0.8        # of the prompts about the domain (embedded world)
+    in_domain_share: float = 1.0        # of the prompts about the domain (embedded world)
     iterations: int = 40                # rollouts, each followed by epochs * batch_size / minibatch_size updates
     batch_size: int = 128               # episodes per rollout, all ranks together
     minibatch_size: int = 32            # episodes per optimizer step, all ranks together
@@ -56,7 +56,7 @@ class PPOConfig:
     temperature: float = 1.0            # of sampling and of every log-probability here
     top_k: int = 0                      # 0: off; a filter makes sampled and scored distributions differ
     top_p: float = 1.0                  # 1: off; likewise
-    kl_coef: float = 0.1                # KL penalty per token, in reward units per nat
+    kl_coef: float = 0.2                # KL penalty per token, in reward units per nat
     kl_kind: str = "k1"                 # k1 | k2 | k3 | abs: estimator of the per-token KL in the reward
     kl_target: float = 0.0              # nats per response; above 0 kl_coef adapts to hold it
     kl_horizon: int = 10_000            # episodes over which the adaptive controller acts
@@ -93,9 +93,15 @@ class Rollout:
     advantages: Tensor | None = None  # whitened when asked for
     returns: Tensor | None = None     # raw advantages + values [reward units]
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> Rollout:
+        return replace(self, **{f.name: change(getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) is not None})
+
     def rows(self, index: Tensor) -> Rollout:
         """Return the episodes at index (B',) int64."""
-        return replace(self, **{f.name: getattr(self, f.name)[index] for f in fields(self) if getattr(self, f.name) is not None})
+        return self.map(lambda x: x[index])
+
+    def to(self, device: torch.device) -> Rollout:
+        return self.map(lambda x: x.to(device))
 
     @property
     def count(self) -> Tensor:

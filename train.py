@@ -57,7 +57,7 @@ class ModelSection:
     n_heads: int = 4
     n_kv_heads: int = 4
     ffn_dim: int = 192
-    vocab_size: int = 512               # sentencepiece pieces, trained at the start of the run
+    vocab_size: int = 640               # sentencepiece pieces, trained at the start of the run
     max_seq_len: int = 128              # context [tokens]
 
 
@@ -75,7 +75,7 @@ class Config:
     stages: tuple[str, ...] = STAGES    # a contiguous part of the recipe; earlier results are found in out or base
     resume: bool = False                # continue the run in `out` where it stopped
     dtype: str = "auto"                 # auto | float32 | bfloat16: of forwards; parameters are float32 always
-    checkpoint_every: int = 500         # optimizer steps (SFT, reward) or 1/10 of it in iterations (PPO); 0: never
+    checkpoint_every: int = 200         # optimizer steps between resumable checkpoints, PPO's counted as they come; 0: never
 
     @property
     def is_world(self) -> bool:
@@ -92,6 +92,9 @@ PRETRAINED_DEFAULTS = {
     "ppo.iterations": 200, "ppo.batch_size": 512, "ppo.minibatch_size": 128, "ppo.microbatch_size": 4, "ppo.generation_batch": 32, "ppo.epochs": 1,
     "ppo.lr": 1e-6, "ppo.critic_lr": 5e-6, "ppo.kl_coef": 0.02, "ppo.warmup": 0.03,
 }
+
+
+PER_CALL = ("out", "base", "stages", "resume")  # flags that one command's call does not hand on to the next
 
 
 def parse_value(text: str, hint: Any, flag: str) -> Any:
@@ -151,7 +154,11 @@ def config_from_file(path: str) -> dict[str, Any]:
 
 
 def parse_args(args: Sequence[str]) -> Config:
-    """Read --section.name=value flags; raises ValueError for anything it does not know."""
+    """Read --section.name=value flags; raises ValueError for anything it does not know.
+
+    What is not given is taken from the run in --out (when continuing it), then from the one in --base, then
+    from the defaults, so that a later stage never runs with other settings than the stages it builds on.
+    """
     types, given = flag_types(), {}
     for arg in args:
         name, equals, text = arg.partition("=")
@@ -163,10 +170,12 @@ def parse_args(args: Sequence[str]) -> Config:
             near = [known for known in types if known.split(".")[-1] == flag.split(".")[-1]]
             raise ValueError(f"unknown flag --{flag}" + (f" (did you mean --{near[0]}?)" if near else " (see --help)"))
         given[flag] = text if flag == "config" else parse_value(text if equals else "true", types[flag], f"--{flag}")
-    values = config_from_file(given.pop("config")) if "config" in given else {}
-    values.update({"out": "", "resume": False} if values else {})
-    pretrained = given.get("model.path", values.get("model.path", ""))
-    return check(unflatten({**(PRETRAINED_DEFAULTS if pretrained and not values else {}), **values, **given}))
+    sources = [given.pop("config", "")] + [f"{given[key]}/config.json" for key in ("out", "base") if given.get(key)]
+    source = next((path for i, path in enumerate(sources) if path and (i == 0 or Path(path).exists())), None)
+    values = {flag: value for flag, value in config_from_file(source).items() if flag not in PER_CALL} if source else {}
+    if not values and given.get("model.path"):
+        values = dict(PRETRAINED_DEFAULTS)
+    return check(unflatten({**values, **given}))
 
 
 def check(config: Config) -> Config:
@@ -330,10 +339,10 @@ def restore(run: Run, stage: str, trained: Mapping) -> dict:
         return {}
     folders = sorted(p for p in (run.out / "checkpoints" / stage).glob("*") if p.suffix != ".partial")
     state = parallel.load_checkpoint(folders[-1], trained) if folders else {}
-    if run.machine.is_main and (run.out / "metrics.jsonl").exists():
-        lines = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        kept = [line for line in lines if line["stage"] != stage or line["step"] <= state.get("step", 0)]
-        evaluation.write_jsonl(run.out / "metrics.jsonl", kept)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        if run.machine.is_main and (run.out / name).exists():
+            lines = evaluation.read_jsonl(run.out / name)
+            evaluation.write_jsonl(run.out / name, [line for line in lines if line["stage"] != stage or line["step"] <= state.get("step", 0)])
     return state
 
 
@@ -486,7 +495,7 @@ def run_sample(run: Run) -> None:
     if not config.is_world:
         run.say(f"{len(responses)} prompts with {len(config.reward.temperatures)} responses each wait in {run.out / 'to_rank.jsonl'}.\n"
                 f"Replace each \"ranks\": null by a list such as [2, 1, 3, 3, 5] (1 is best, equal numbers are ties), then run\n"
-                f"  train.py --config={run.out / 'config.json'} --out={run.out} --stages=annotate,reward,ppo,eval")
+                f"  train.py --out={run.out} --stages=annotate,reward,ppo,eval")
 
 
 def run_annotate(run: Run) -> None:
@@ -638,7 +647,7 @@ def run_ppo(run: Run) -> None:
         with machine.autocast():
             rollout = ppo.collect(models, [prompts[rows[i]] for i in mine], [iteration * config.batch_size + i for i in mine], config,
                                   run.config.data.max_response_tokens, run.tokenizer.eos_id, scale, seed=run.config.seed * 10 + 3,
-                                  gathered=parallel.gathered, gather=parallel.gather_objects)
+                                  gathered=parallel.gathered, gather=partial(gather_rollouts, machine))
         rollout, stats = ppo.assign_credit(rollout, config, controller.kl_coef)
         rolled = time.perf_counter()
         lr, critic_lr = (lr_at(iteration, config.iterations, peak, config.lr_end, config.warmup) for peak in (config.lr, config.critic_lr))
@@ -655,9 +664,15 @@ def run_ppo(run: Run) -> None:
         show_episodes(run, iteration + 1, rollout)
         bar.set_postfix({"score": f"{stats['score_mean']:.2f}", "kl": f"{stats['kl']:.2f}", "length": f"{stats['response_length']:.1f}"}, refresh=False)
         bar.update()
-        keep(run, "ppo", iteration + 1, config.iterations, run.config.checkpoint_every // 10, trained, {"kl_coef": controller.kl_coef})
+        every = max(1, run.config.checkpoint_every // len(steps)) if run.config.checkpoint_every else 0
+        keep(run, "ppo", iteration + 1, config.iterations, every, trained, {"kl_coef": controller.kl_coef})
     bar.close()
     save_model(run, models.actor, "ppo")
+
+
+def gather_rollouts(machine: Machine, rollout: ppo.Rollout) -> list[ppo.Rollout]:
+    """Hand every rank the rollouts of all, through the CPU: a pickled CUDA tensor would come back on its sender's device."""
+    return [part.to(machine.device) for part in parallel.gather_objects(rollout.to(torch.device("cpu")))]
 
 
 def summary(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -673,13 +688,13 @@ def show_episodes(run: Run, step: int, rollout: ppo.Rollout, n: int = 2) -> None
             for b in range(min(n, len(rollout.scores))):
                 mask = rollout.response_mask[b]
                 prompt = run.tokenizer.decode(rollout.tokens[b][rollout.attention_mask[b] & ~mask].tolist())
-                file.write(json.dumps({"step": step, "prompt": prompt, "response": run.tokenizer.decode(rollout.tokens[b][mask].tolist()),
+                file.write(json.dumps({"stage": "ppo", "step": step, "prompt": prompt, "response": run.tokenizer.decode(rollout.tokens[b][mask].tolist()),
                                        "score": rollout.scores[b].item(), "cut_off": rollout.cut_off[b].item()}, ensure_ascii=False) + "\n")
 
 
 def run_eval(run: Run) -> None:
     """Compare the SFT and the PPO model on prompts none of the stages has seen."""
-    config = run.config
+    config, began = run.config, time.perf_counter()
     if config.is_world:
         items: Sequence[Any] = (microcosm.items("eval", config.eval.in_domain, config.seed, 1.0)
                                 + microcosm.items("eval", config.eval.general, config.seed, 0.0))
@@ -704,7 +719,8 @@ def run_eval(run: Run) -> None:
     domain = [i for i, item in enumerate(items) if getattr(item, "task", "ad") == "ad"]
     contests = {"ppo_vs_sft": evaluation.head_to_head([scores["ppo"][i] for i in domain], [scores["sft"][i] for i in domain])} if len(models) == 2 else {}
     accuracy = read_json(reward_path / "config.json").get("holdout_accuracy", {}) if reward_path else {}
-    results = {"models": models, "head_to_head": contests, "reward_model": accuracy, "seconds": timings(run)}
+    results = {"models": models, "head_to_head": contests, "reward_model": accuracy,
+               "seconds": {**timings(run), "eval": round(time.perf_counter() - began, 2)}}
     if run.machine.is_main:
         examples = evaluation.pick_examples(items, answers, scores, config.eval.show)
         (run.out / "eval.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

@@ -1,17 +1,19 @@
-"""The domain: review a short advertisement, name every rule it breaks and the word that shows it.
+"""The domain: review a short advertisement, name every rule it breaks and quote the word that shows it.
 
-Nine rules. Five are lexical (one word gives them away), four relate two places of the ad: the product
-and the audience, a superlative and its proof, an investment and its notice, the product and the page.
+Nine rules. Some are broken by one phrase (a cure, a sure success, a gift, a photo before and after), some
+by how two places of the ad relate: the product and the audience, a superlative and its proof, an investment
+and its notice, the product and the landing page. The same words also occur innocently ("A story about
+asthma."), so a review has to read, not to spot words.
 """
 from __future__ import annotations
 
 import random
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
-# Rules in the order in which a review lists them, with the words a review uses for them.
+# Rules in the order in which a review lists them, and the words it uses for them.
 RULES = {
-    "banned": "Banned product", "minors": "Sold to minors", "notice": "No risk notice", "medical": "Medical claim",
-    "promise": "False promise", "price": "Misleading price", "image": "Altered photo", "superlative": "No proof", "page": "Wrong page",
+    "banned": "Banned product", "minors": "Sold to minors", "notice": "No risk notice", "medical": "Medical claim", "promise": "False promise",
+    "price": "Misleading price", "image": "Altered photo", "superlative": "No proof", "page": "Wrong page",
 }
 PRODUCTS = {
     "plain": ("tea", "lamp", "bike", "sofa", "soap", "phone", "desk", "coat"),
@@ -20,6 +22,7 @@ PRODUCTS = {
     "finance": ("loan", "bonds", "crypto", "shares"),
 }
 KIND = {product: kind for kind, products in PRODUCTS.items() for product in products}
+GATE = {"banned": "banned", "minors": "adult", "notice": "finance"}  # rule -> the only kind of product that can break it
 MINORS, GROWN = ("kids", "teens", "pupils", "babies"), ("adults", "parents", "seniors", "teams")
 ILLNESSES = ("migraine", "asthma", "cancer", "acne", "flu", "gout")
 GOALS = ("love", "wealth", "fame", "luck", "success", "beauty")
@@ -27,121 +30,102 @@ GIFTS = ("nothing", "zero", "pennies", "air")
 PARTS = ("skin", "belly", "hair", "face", "teeth", "legs")
 SUPERLATIVES = ("best", "finest", "safest", "fastest", "cheapest", "purest")
 VERBS, LOOKS = ("Try", "Buy", "Get", "Enjoy"), ("new", "smart", "fresh", "light", "classic", "royal")
-VIOLATIONS = (0.14, 0.28, 0.32, 0.18, 0.08)  # share of ads with 0, 1, 2, 3, 4 broken rules
-GATED = {"banned": "banned", "minors": "adult", "notice": "finance"}  # rules that only a kind of product can break
+SMALL_TALK = ("Call us now.", "Made in Spain.", "Open on Sunday.", "Sold in two sizes.")
+VIOLATIONS = (0.14, 0.27, 0.31, 0.19, 0.09)  # share of ads that break 0, 1, 2, 3, 4 rules
+
+CAREFUL, HASTY = 0.38, 0.47  # reviewers who give every reason, or the first one only; the rest is sloppy
 
 
 class Ad(NamedTuple):
-    """An advertisement: its text, and the evidence of every broken rule, in the order of RULES."""
+    """An advertisement, and the evidence of every rule it breaks, in the order of RULES."""
     text: str
+    look: str
     product: str
     evidence: dict[str, str]
 
 
 def draw(rng: random.Random) -> Ad:
     """Draw an advertisement."""
+    broken = draw_rules(rng)
+    gate = next((rule for rule in broken if rule in GATE), None)
+    kind = GATE[gate] if gate else rng.choices(("plain", "adult", "finance"), (6, 2, 2))[0]
+    product = rng.choice(PRODUCTS[kind])
+    evidence = {"banned": product, "notice": product}
+    body = [AUDIENCE[kind](rng, "minors" in broken, evidence), "" if kind != "finance" or "notice" in broken else "Risk of loss."]
+    body += [phrase(rng, rule in broken, evidence) for rule, phrase in PHRASES.items()]
+    body += [rng.choice(SMALL_TALK)] * (rng.random() < 0.3)
+    rng.shuffle(body)
+    page = product
+    if "page" in broken:
+        page = evidence["page"] = rng.choice([other for other in PRODUCTS["plain"] if other != product])
+    look = rng.choice(LOOKS)
+    text = " ".join((f"{rng.choice(VERBS)} our {look} {product}.", *filter(None, body), f"Page: {page} shop."))
+    return Ad(text, look, product, {rule: evidence[rule] for rule in RULES if rule in broken})
+
+
+def draw_rules(rng: random.Random) -> set[str]:
+    """Draw the rules an ad breaks; at most one of those that a kind of product alone can break."""
     number = rng.choices(range(len(VIOLATIONS)), VIOLATIONS)[0]
     broken: set[str] = set()
     while len(broken) < number:
         rule = rng.choice(tuple(RULES))
-        if rule not in GATED or not broken & GATED.keys():
+        if rule not in GATE or not broken & GATE.keys():
             broken.add(rule)
-    gate = next(iter(broken & GATED.keys()), None)
-    kind = GATED[gate] if gate else rng.choices(("plain", "adult", "finance"), (0.6, 0.2, 0.2))[0]
-    product = rng.choice(PRODUCTS[kind])
-    found: dict[str, str] = {}
-    body = [sentence for sentence in (audience(rng, kind, broken, found), notice(rng, kind, product, broken, found), medical(rng, broken, found),
-            promise(rng, broken, found), price(rng, broken, found), image(rng, broken, found), superlative(rng, broken, found)) if sentence]
-    rng.shuffle(body)
-    if "banned" in broken:
-        found["banned"] = product
-    page = product
-    if "page" in broken:
-        page = found["page"] = rng.choice([other for other in KIND if other != product and KIND[other] == "plain"])
-    text = " ".join((f"{rng.choice(VERBS)} our {rng.choice(LOOKS)} {product}.", *body, f"Page: {page} shop."))
-    return Ad(text, product, {rule: found[rule] for rule in RULES if rule in found})
+    return broken
 
 
-def audience(rng: random.Random, kind: str, broken: set[str], found: dict[str, str]) -> str | None:
-    if "minors" in broken:
-        found["minors"] = rng.choice(MINORS)
-        return f"For {found['minors']}."
-    if rng.random() < 0.5:
-        return f"For {rng.choice(GROWN if kind == 'adult' else MINORS + GROWN)}."
-    return None
+def audience_of(allowed: tuple[str, ...]) -> Callable[[random.Random, bool, dict[str, str]], str]:
+    def phrase(rng: random.Random, broken: bool, evidence: dict[str, str]) -> str:
+        if not broken and rng.random() < 0.5:
+            return ""
+        evidence["minors"] = rng.choice(MINORS if broken else allowed)
+        return f"For {evidence['minors']}."
+    return phrase
 
 
-def notice(rng: random.Random, kind: str, product: str, broken: set[str], found: dict[str, str]) -> str | None:
-    if "notice" in broken:
-        found["notice"] = product
-        return None
-    return "Risk of loss." if kind == "finance" else None
+def phrase_of(rule: str, words: tuple[str, ...], breaking: tuple[str, ...], innocent: tuple[str, ...],
+              share: float) -> Callable[[random.Random, bool, dict[str, str]], str]:
+    """Return a phrase maker: a breaking form around one of `words`, or in `share` of the other ads an innocent one."""
+    def phrase(rng: random.Random, broken: bool, evidence: dict[str, str]) -> str:
+        if not broken and rng.random() >= share:
+            return ""
+        evidence[rule] = rng.choice(words)
+        return rng.choice(breaking if broken else innocent).format(evidence[rule])
+    return phrase
 
 
-def medical(rng: random.Random, broken: set[str], found: dict[str, str]) -> str | None:
-    if "medical" in broken:
-        found["medical"] = rng.choice(ILLNESSES)
-        return f"It cures {found['medical']}."
-    return None
+AUDIENCE = {kind: audience_of(GROWN if kind == "adult" else MINORS + GROWN) for kind in PRODUCTS}
+PHRASES = {
+    "medical": phrase_of("medical", ILLNESSES, ("It cures {}.", "Ends {} for good."), ("A story about {}.",), 0.1),
+    "promise": phrase_of("promise", GOALS, ("Brings sure {}.", "You will find {}."), ("We wish you {}.",), 0.1),
+    "price": phrase_of("price", GIFTS, ("Costs {}.", "Pay {} today."), ("Costs 9 dollars.", "Pay 15 dollars today."), 0.3),
+    "image": phrase_of("image", PARTS, ("See {} before and after.",), ("Gentle to your {}.",), 0.1),
+    "superlative": phrase_of("superlative", SUPERLATIVES, ("The {} of all.",), ("The {} in a study.",), 0.2),
+}
 
 
-def promise(rng: random.Random, broken: set[str], found: dict[str, str]) -> str | None:
-    if "promise" in broken:
-        found["promise"] = rng.choice(GOALS)
-        return f"Sure {found['promise']}."
-    return None
-
-
-def price(rng: random.Random, broken: set[str], found: dict[str, str]) -> str | None:
-    if "price" in broken:
-        found["price"] = rng.choice(GIFTS)
-        return f"Costs {found['price']}."
-    return f"Costs {rng.randrange(2, 20)} dollars." if rng.random() < 0.4 else None
-
-
-def image(rng: random.Random, broken: set[str], found: dict[str, str]) -> str | None:
-    if "image" in broken:
-        found["image"] = rng.choice(PARTS)
-        return f"See {found['image']} before and after."
-    return None
-
-
-def superlative(rng: random.Random, broken: set[str], found: dict[str, str]) -> str | None:
-    word = rng.choice(SUPERLATIVES)
-    if "superlative" in broken:
-        found["superlative"] = word
-        return f"The {word} of all."
-    return f"The {word} in a study." if rng.random() < 0.25 else None
-
-
-def review(evidence: dict[str, str], approve: bool | None = None) -> str:
-    """Write a review: the verdict, then one sentence per broken rule."""
-    approve = not evidence if approve is None else approve
+def review(evidence: dict[str, str], approve: bool) -> str:
+    """Write a review: the verdict, then one sentence per reason."""
     return " ".join(("Approve." if approve else "Reject.", *(f"{RULES[rule]}: {word}." for rule, word in evidence.items())))
 
 
 def demonstrate(ad: Ad, rng: random.Random) -> str:
-    """Write the review of a careful (38 %), hasty (47 %: first reason only) or sloppy (15 %) person."""
+    """Write the review of a careful, a hasty or a sloppy person."""
     mood, reasons = rng.random(), list(ad.evidence.items())
-    if mood < 0.38:
-        return review(ad.evidence)
-    if mood < 0.85:
-        return review(dict(reasons[:1]))
+    if mood < CAREFUL + HASTY:
+        return review(dict(reasons if mood < CAREFUL else reasons[:1]), approve=not reasons)
     kept = {rule: word for rule, word in reasons if rng.random() < 0.5}
-    if rng.random() < 0.3:  # an invented reason, from a word that is in the ad
-        rule = rng.choice(tuple(RULES))
-        kept[rule] = rng.choice(ad.text.replace(".", "").replace(":", "").split())
-    approve = (not ad.evidence) != (rng.random() < 0.2)
-    return review({rule: kept[rule] for rule in RULES if rule in kept}, approve)
+    if rng.random() < 0.3:  # an invented reason, from some word of the ad
+        kept[rng.choice(tuple(RULES))] = rng.choice(ad.text.replace(".", "").replace(":", "").split())
+    flipped = rng.random() < 0.2
+    return review({rule: kept[rule] for rule in RULES if rule in kept}, approve=(not reasons) != flipped)
 
 
 def parse(answer: str) -> tuple[bool | None, list[tuple[str, str]]]:
-    """Read a review: approve?, and its (rule, evidence) pairs; (None, []) for a text that is no review."""
+    """Read a review: approved?, and its (rule, evidence) pairs; (None, []) for a text that is no review."""
     verdict, _, rest = answer.strip().partition(".")
     if verdict not in ("Approve", "Reject"):
         return None, []
-    titles, pairs = {title: rule for rule, title in RULES.items()}, []
-    for sentence in filter(None, (part.strip() for part in rest.split("."))):
-        title, _, word = sentence.partition(": ")
-        pairs.append((titles.get(title, title), word))  # what is no rule stays, and counts as wrong
-    return verdict == "Approve", pairs
+    rules = {title: rule for rule, title in RULES.items()}
+    sentences = (sentence.strip().partition(": ") for sentence in rest.split(".") if sentence.strip())
+    return verdict == "Approve", [(rules.get(title, title), word) for title, _, word in sentences]  # an unknown rule stays, and is wrong

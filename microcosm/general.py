@@ -64,20 +64,22 @@ def larger(rng: random.Random) -> Question:
 
 
 def count(rng: random.Random) -> Question:
-    word, other = rng.sample(WORDS, 2)
-    number, size = rng.randrange(1, 5), 5
-    row = [word] * number + [other] * (size - number)
-    rng.shuffle(row)
-    return Question(f"Count {word}: {' '.join(row)}", str(number), str(near(number, rng)))
+    words = rng.sample(WORDS, rng.randrange(1, 7))
+    return Question(f"Count: {' '.join(words)}", str(len(words)), str(near(len(words), rng)))
 
 
 def logic(rng: random.Random) -> Question:
-    noun, other = rng.sample(CLASSES["animal"], 2)
-    color, shade = rng.sample(CLASSES["color"], 2)
-    follows = rng.random() < 0.5
-    premise = (noun, color) if follows else rng.choice(((other, color), (noun, shade)))
-    answer, slip = ("yes", "unknown") if follows else ("unknown", "yes")
-    return Question(f"Logic: Every {noun} is {color}. Is this {premise[0]} {premise[1]}?", answer, slip)
+    noun, operator = rng.choice(WORDS), rng.choice(("and", "or"))
+    (a, first), (b, second) = operand(rng), operand(rng)
+    truth = (a and b) if operator == "and" else (a or b)
+    answer, slip = ("yes", "no") if truth else ("no", "yes")
+    return Question(f"Logic {noun}: {first} {operator} {second}", answer, slip)
+
+
+def operand(rng: random.Random) -> tuple[bool, str]:
+    """Return a truth value and a way to write it: yes, no, not yes, not no."""
+    truth, negated = rng.random() < 0.5, rng.random() < 0.3
+    return truth, ("not " if negated else "") + ("yes" if truth != negated else "no")
 
 
 def next_number(rng: random.Random) -> Question:
@@ -87,10 +89,10 @@ def next_number(rng: random.Random) -> Question:
 
 
 def lookup(rng: random.Random) -> Question:
-    words, numbers = rng.sample(WORDS, 3), rng.sample(range(10), 3)
-    i, j = rng.sample(range(3), 2)
+    words, numbers = rng.sample(WORDS, 2), rng.sample(range(10), 2)
+    i = rng.randrange(2)
     table = " ".join(f"{word} {number}" for word, number in zip(words, numbers))
-    return Question(f"Table: {table}. Find {words[i]}", str(numbers[i]), str(numbers[j]))
+    return Question(f"Find {words[i]}: {table}", str(numbers[i]), str(numbers[1 - i]))
 
 
 def antonym(rng: random.Random) -> Question:

@@ -16,7 +16,7 @@ import ppo
 import reward
 import sft
 from model import ModelConfig, ScalarModel, Transformer, write_safetensors
-from train import update
+from train import gather_rollouts, update
 
 CONFIG = ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=61, ffn_dim=64, max_seq_len=64)
 EOS = 12
@@ -72,7 +72,7 @@ def main(out: Path, size: int) -> None:
     prompts = [row[:4] for row in rows_of(8, 3)]
     mine = machine.slice(list(range(8)))
     rollout = ppo.collect(models, [prompts[i] for i in mine], mine, config, 10, EOS, (0.0, 1.0), seed=0,
-                          gathered=parallel.gathered, gather=parallel.gather_objects)
+                          gathered=parallel.gathered, gather=partial(gather_rollouts, machine))
     rollout, stats = ppo.assign_credit(rollout, config, 0.1)
     updates = [partial(update, model, optimizer, loss=partial(loss, config=config), lr=1e-3, max_grad_norm=1.0, machine=machine)
                for model, optimizer, loss in zip(models, optimizers, (ppo.actor_loss, ppo.critic_loss))]
