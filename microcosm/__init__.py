@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,9 +52,13 @@ def bucket(combination: str) -> int:
 
 
 def items(split: str, n: int, seed: int, in_domain_share: float = 0.5) -> list[Item]:
-    """Draw n prompts of a split ("train", "preference" or "eval"), in random order of tasks."""
+    """Draw n prompts of a split ("train", "preference" or "eval"): ads in between, general tasks in turn.
+
+    A longer list starts with the shorter one, so more training continues an experiment instead of changing it.
+    """
     rng = random.Random(f"{split} {seed}")
-    return [draw(rng, "ad" if rng.random() < in_domain_share else rng.choice(TASKS), split) for _ in range(n)]
+    turn = itertools.cycle(rng.sample(TASKS, len(TASKS)))
+    return [draw(rng, "ad" if rng.random() < in_domain_share else next(turn), split) for _ in range(n)]
 
 
 def draw(rng: random.Random, task: str, split: str) -> Item:
@@ -65,7 +70,8 @@ def draw(rng: random.Random, task: str, split: str) -> Item:
                 return Item(task, f"Review: {ad.text}", ads.review(ad.evidence, approve=not ad.evidence), ad.evidence, ad)
         else:
             question = general.GENERATORS[task](rng)
-            if bucket(question.prompt) in SPLITS[split]:
+            words = " ".join(sorted(question.prompt.split()))  # another order of the same words is no new question
+            if bucket(words) in SPLITS[split]:
                 return Item(task, question.prompt, question.answer, {}, slip=question.slip)
 
 
@@ -99,12 +105,14 @@ def grade(item: Item, answer: str) -> Grade:
 def annotate(item: Item, answers: Sequence[str], seed: int, noise: float = 0.1) -> list[int]:
     """Rank answers as a person with the rubric in mind would: by gold plus an error of N(0, noise).
 
-    Returns: one rank per answer, 1 is best; equal answers get equal ranks.
+    Returns: one rank per answer, 1 is best; equal answers get equal ranks. The error belongs to the answer, so the
+    order in which answers are shown does not matter.
     """
-    rng = random.Random(f"annotator {seed} {item.prompt}")
-    felt = {answer: grade(item, answer).gold + rng.gauss(0, noise) for answer in dict.fromkeys(answers)}
-    order = sorted(felt, key=felt.__getitem__, reverse=True)
-    return [order.index(answer) + 1 for answer in answers]
+    def felt(answer: str) -> float:
+        return grade(item, answer).gold + random.Random(f"annotator {seed} {item.prompt}\n{answer}").gauss(0, noise)
+    values = [felt(answer) for answer in answers]
+    order = sorted(set(values), reverse=True)
+    return [order.index(value) + 1 for value in values]
 
 
 def train_tokenizer(path: str | Path, vocab_size: int = 512) -> None:

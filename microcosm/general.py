@@ -1,6 +1,7 @@
 """Twelve general tasks that must not get worse: lists, numbers, words, small deductions.
 
-Every prompt carries enough content that whole combinations can be held out while every word is seen.
+Every prompt carries enough content that whole combinations can be held out while every word is seen. Each
+task is one that two layers of attention can do: find a word by the one before it, count, look up a small table.
 """
 from __future__ import annotations
 
@@ -38,69 +39,75 @@ def near(number: int, rng: random.Random) -> int:
 
 
 def copy(rng: random.Random) -> Question:
+    """Repeat a list."""
     words = rng.sample(WORDS, rng.choice((2, 3, 4)))
     return Question(f"Copy: {' '.join(words)}", " ".join(words), swapped(words, rng))
 
 
 def reverse(rng: random.Random) -> Question:
+    """Turn a list around."""
     words = rng.sample(WORDS, rng.choice((2, 3)))
     return Question(f"Reverse: {' '.join(words)}", " ".join(words[::-1]), swapped(words[::-1], rng))
 
 
 def sort(rng: random.Random) -> Question:
+    """Put digits in order."""
     numbers = rng.sample(range(10), 3)
     ordered = [str(n) for n in sorted(numbers)]
     return Question(f"Sort: {' '.join(map(str, numbers))}", " ".join(ordered), swapped(ordered, rng))
 
 
 def add(rng: random.Random) -> Question:
+    """Add two digits that count the same thing."""
     a, b, word = rng.randrange(10), rng.randrange(10), rng.choice(WORDS)
     return Question(f"Add: {a} {word} and {b} {word}", f"{a + b} {word}", f"{near(a + b, rng)} {word}")
 
 
 def larger(rng: random.Random) -> Question:
+    """Choose the larger of two numbers."""
     a, b = rng.sample(range(20), 2)
     return Question(f"Larger: {a} or {b}", str(max(a, b)), str(min(a, b)))
 
 
 def count(rng: random.Random) -> Question:
+    """Count the words of a list."""
     words = rng.sample(WORDS, rng.randrange(1, 7))
     return Question(f"Count: {' '.join(words)}", str(len(words)), str(near(len(words), rng)))
 
 
 def logic(rng: random.Random) -> Question:
-    noun, operator = rng.choice(WORDS), rng.choice(("and", "or"))
-    (a, first), (b, second) = operand(rng), operand(rng)
-    truth = (a and b) if operator == "and" else (a or b)
-    answer, slip = ("yes", "no") if truth else ("no", "yes")
-    return Question(f"Logic {noun}: {first} {operator} {second}", answer, slip)
-
-
-def operand(rng: random.Random) -> tuple[bool, str]:
-    """Return a truth value and a way to write it: yes, no, not yes, not no."""
-    truth, negated = rng.random() < 0.5, rng.random() < 0.3
-    return truth, ("not " if negated else "") + ("yes" if truth != negated else "no")
+    """Join two truth values."""
+    a, b, operator = rng.random() < 0.5, rng.random() < 0.5, rng.choice(("and", "or", "but not"))
+    truth = {"and": a and b, "or": a or b, "but not": a and not b}[operator]
+    say = {True: "yes", False: "no"}
+    return Question(f"Logic {rng.choice(WORDS)}: {say[a]} {operator} {say[b]}", say[truth], say[not truth])
 
 
 def next_number(rng: random.Random) -> Question:
+    """Continue a row of equal steps."""
     start, step, word = rng.randrange(6), rng.choice((1, 2, 3)), rng.choice(WORDS)
     row, answer = [str(start + i * step) for i in range(3)], start + 3 * step
     return Question(f"Next {word}: {' '.join(row)}", f"{answer} {word}", f"{near(answer, rng)} {word}")
 
 
 def lookup(rng: random.Random) -> Question:
-    words, numbers = rng.sample(WORDS, 2), rng.sample(range(10), 2)
-    i = rng.randrange(2)
+    """Find the number that stands after a word."""
+    size = rng.choice((2, 3))
+    words, numbers = rng.sample(WORDS, size), rng.sample(range(10), size)
+    i, wrong = rng.sample(range(size), 2)
     table = " ".join(f"{word} {number}" for word, number in zip(words, numbers))
-    return Question(f"Find {words[i]}: {table}", str(numbers[i]), str(numbers[1 - i]))
+    # The answer repeats the word, so that its number is what followed that word before: the easiest thing to attend to.
+    return Question(f"Find {words[i]}: {table}", f"{words[i]} {numbers[i]}", f"{words[i]} {numbers[wrong]}")
 
 
 def antonym(rng: random.Random) -> Question:
+    """Replace an adjective by its opposite."""
     word, noun = rng.choice(tuple(OPPOSITES)), rng.choice(WORDS)
     return Question(f"Opposite: {word} {noun}", f"{OPPOSITES[word]} {noun}", f"{word} {noun}")
 
 
 def odd(rng: random.Random) -> Question:
+    """Find the word of another class."""
     common, rare = rng.sample(tuple(CLASSES), 2)
     row, answer = rng.sample(CLASSES[common], 3), rng.choice(CLASSES[rare])
     slip = row[0]
@@ -109,6 +116,7 @@ def odd(rng: random.Random) -> Question:
 
 
 def weekday(rng: random.Random) -> Question:
+    """Count days onward from a weekday."""
     day, days, noun = rng.randrange(7), rng.randrange(1, 5), rng.choice(WORDS)
     right, wrong = DAYS[(day + days) % 7], DAYS[(day + near(days, rng)) % 7]
     return Question(f"Day: The {noun} comes {days} days after {DAYS[day]}", right, wrong)
