@@ -41,7 +41,7 @@ class DataConfig:
     template: str = "plain"             # alpaca | llama2 | vicuna | plain: how a dialogue becomes text
     max_prompt_tokens: int = 96         # longer PPO prompts are left out
     max_response_tokens: int = 32       # a response is cut off here; a training sequence is at most the sum of both
-    skip_bad: bool = False              # leave malformed rows out and count them, instead of stopping at the first
+    skip_bad: bool = False              # leave malformed rows and overlong prompts out and count them, instead of stopping at the first
 
 
 # ---------------------------------------------------------------------------------------------
@@ -588,7 +588,7 @@ def read_file(path: str | Path, make: Callable[[Example, str], Record], skip_bad
             report.skip(str(reason), source)
         except BadRow as fault:
             if not skip_bad:
-                raise ValueError(f"{source}: {fault}; mend the row, or leave such rows out with skip_bad") from None
+                raise ValueError(f"{source}: {fault}; mend the row, or leave such rows out with --data.skip_bad") from None
             report.skip(fault.args[0], source)
         else:
             records += made
@@ -822,16 +822,20 @@ def encode_rankings(records: Sequence[Ranking], tokenizer: Tokenizer, template: 
     return examples, report
 
 
-def encode_prompts(records: Sequence[Prompt], tokenizer: Tokenizer, template: str,
-                   max_tokens: int) -> tuple[list[list[int]], list[Prompt], Report]:
+def encode_prompts(records: Sequence[Prompt], tokenizer: Tokenizer, template: str, max_tokens: int,
+                   skip_bad: bool = False) -> tuple[list[list[int]], list[Prompt], Report]:
     """Encode prompts; return them, their records, and the report.
 
-    Too long ones are left out, not cut: the reward of an answer to half a question would teach the wrong thing.
+    A prompt that is too long is never cut, since the reward of an answer to half a question would teach the wrong
+    thing: it is a ValueError, or with skip_bad it is left out.
     """
     prompts, kept, report = [], [], Report()
     for record in records:
         ids = encode_prompt(tokenizer, record.messages, template)
         if len(ids) > max_tokens:
+            if not skip_bad:
+                raise ValueError(f"{record.source}: a prompt of {len(ids)} tokens, longer than --data.max_prompt_tokens={max_tokens}; "
+                                 "raise that, shorten the prompt, or leave such rows out with --data.skip_bad")
             report.skip(f"longer than {max_tokens} tokens", record.source)
             continue
         prompts.append(ids)

@@ -71,20 +71,20 @@ def percent(value: float) -> str:
 def table(results: dict) -> str:
     """Lay out eval.json for a terminal."""
     models = list(results["models"])
-    lines = ["", f"{'':22}" + "".join(f"{name.upper():>8}" for name in models) + ("  change" if len(models) == 2 else "")]
+    lines = ["", f"{'':26}" + "".join(f"{name.upper():>8}" for name in models) + ("  change" if len(models) == 2 else "")]
 
     def row(label: str, section: str, key: str, part: str | None = None, as_percent: bool = True) -> None:
         cells = [results["models"][name][section] for name in models]
         values = [(cell[part] if part else cell)[key] for cell in cells]
         text = percent if as_percent else "{:6.2f}".format
         change = f"{(values[1] - values[0]) * (100 if as_percent else 1):+8.1f}" if len(values) == 2 else ""
-        lines.append(f"{label:22}" + "".join(f"{text(value):>8}" for value in values) + change)
+        lines.append(f"{label:26}" + "".join(f"{text(value):>8}" for value in values) + change)
 
     first = results["models"][models[0]]
     if "gold" in first["in_domain"]:
         lines.append(f"in-domain (n={first['in_domain']['n']}), %")
-        for key, meaning in (("gold", "rubric score"), ("strict", "exactly right"), ("multi", "  of 2+ violations"), ("verdict", "verdict right")):
-            row(f"  {key:8}{meaning}"[:22], "in_domain", key)
+        for key, meaning in (("gold", "rubric score"), ("strict", "exactly right"), ("multi", "so on 2+ faults"), ("verdict", "verdict")):
+            row(f"  {key:9}{meaning}", "in_domain", key)
         lines.append(f"general tasks (n={first['general']['n']}), % exactly right")
         for task in first["general"]["tasks"]:
             row(f"  {task}", "general", task, part="tasks")

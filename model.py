@@ -621,7 +621,7 @@ def config_json(config: ModelConfig, kind: type[nn.Module], bos_id: int, eos_id:
 
 def save_pretrained(model: nn.Module, path: str | Path, tokenizer=None, weights: Mapping[str, Tensor] | None = None,
                     extra: Mapping | None = None) -> None:
-    """Write a folder that `transformers` and `load_pretrained` load; it appears whole or not at all.
+    """Write a folder that `transformers` and `load_pretrained` load; a new folder appears whole or not at all.
 
     tokenizer: data.Tokenizer to put beside the weights.   weights: in place of model.state_dict() (a gathered copy).
     extra: further entries for config.json.
@@ -639,4 +639,9 @@ def save_pretrained(model: nn.Module, path: str | Path, tokenizer=None, weights:
     write_safetensors(partial / "model.safetensors", weights)
     if tokenizer:
         shutil.copyfile(tokenizer.path, partial / "tokenizer.model")
-    os.rename(partial, path)
+    if not path.exists():
+        os.rename(partial, path)
+        return
+    for file in partial.iterdir():
+        os.replace(file, path / file.name)
+    partial.rmdir()

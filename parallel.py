@@ -28,6 +28,7 @@ from model import Block, ModelConfig, check_weights, random_weights, read_safete
 # Below this many parameters the whole model is one sharded unit: gathering block by block would cost
 # more in messages than it saves in memory.
 BLOCKWISE_ABOVE = 20_000_000
+LAUNCHER = os.getppid()  # torchrun, if it started us; read early, while it surely lives
 
 
 @dataclass(frozen=True)
@@ -83,13 +84,15 @@ def fail(message: str) -> NoReturn:
     torchrun answers any failed worker with pages of traceback of its own, under which that line would be
     lost. So where it launched us on this machine alone, it is ended first, by a signal it does not handle.
     """
-    rank, launcher = int(os.environ.get("RANK", 0)), os.getppid()
-    if rank:  # all ranks fail alike, and the main one speaks; a rank that fails alone speaks once it has waited
-        time.sleep(3)
-    if not rank or os.getppid() == launcher:
-        print(message, file=sys.stderr, flush=True)
-        if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
-            os.kill(launcher, signal.SIGUSR1)
+    if int(os.environ.get("RANK", 0)):  # as a rule all ranks fail alike, and the main one speaks; after the start one may fail alone
+        deadline = time.monotonic() + (15 if dist.is_initialized() else 5)
+        while os.getppid() == LAUNCHER and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if os.getppid() != LAUNCHER or not dist.is_initialized():
+            os._exit(2)
+    print(message, file=sys.stderr, flush=True)
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
+        os.kill(LAUNCHER, signal.SIGUSR1)
     os._exit(2)  # not sys.exit: other ranks may wait in a collective that will never complete
 
 

@@ -28,9 +28,9 @@ class RewardConfig:
     data: tuple[str, ...] = ()          # ranked lists or preference pairs; none: the sample and annotate stages' rankings
     model: str = ""                     # model folder to start from; "": the SFT model
     dim: int = 0                        # the reward model's own size, 0: as the actor's; another size gets its own SFT first
-    n_layers: int = 0
-    n_heads: int = 0
-    ffn_dim: int = 0
+    n_layers: int = 0                   # likewise
+    n_heads: int = 0                    # likewise; when given, there are as many key and value heads
+    ffn_dim: int = 0                    # likewise
     sampled_prompts: int = 6_000        # prompts to draw responses for
     in_domain_share: float = 0.7        # of these prompts (embedded world)
     temperatures: tuple[float, ...] = (0.7, 1.0, 1.0, 1.0, 1.3)  # one response per entry: the paper's 5 decoding settings
@@ -38,14 +38,14 @@ class RewardConfig:
     generation_batch: int = 1024        # prompts sampled at once, per rank
     noise: float = 0.1                  # standard deviation of the embedded annotator's error, in units of the rubric
     holdout: float = 0.1                # share of the ranked prompts kept for measuring accuracy
-    epochs: float = 2.0
+    epochs: float = 2.0                 # passes over the rankings
     batch_size: int = 64                # prompts per optimizer step, all ranks together
     microbatch_size: int = 32           # prompts per forward, per rank
-    lr: float = 1.5e-3
-    lr_end: float = 0.1
-    warmup: float = 0.05
-    weight_decay: float = 0.1
-    max_grad_norm: float = 1.0
+    lr: float = 1.5e-3                  # peak learning rate
+    lr_end: float = 0.1                 # final learning rate, as a share of the peak (linear decay)
+    warmup: float = 0.05                # share of the steps over which the learning rate rises
+    weight_decay: float = 0.1           # AdamW's, on matrices
+    max_grad_norm: float = 1.0          # the gradient's global norm is clipped to it
     calibrate: bool = True              # standardise scores to mean 0, standard deviation 1 on the SFT policy's samples
 
 

@@ -26,8 +26,8 @@ class SFTConfig:
     lr: float = 3e-3                    # peak learning rate
     lr_end: float = 0.05                # final learning rate, as a share of the peak (linear decay)
     warmup: float = 0.03                # share of the steps over which the learning rate rises
-    weight_decay: float = 0.1
-    max_grad_norm: float = 1.0
+    weight_decay: float = 0.1           # AdamW's, on matrices
+    max_grad_norm: float = 1.0          # the gradient's global norm is clipped to it
 
 
 class Batch(NamedTuple):

@@ -52,11 +52,11 @@ STAGES = ("sft", "sample", "annotate", "reward", "ppo", "eval")
 @dataclass(frozen=True)
 class ModelSection:
     path: str = ""                      # model folder (Hugging Face layout with tokenizer.model); "": the shape below, from scratch
-    dim: int = 64                       # the embedded world's model; ignored when a folder is given
-    n_layers: int = 2
-    n_heads: int = 4
-    n_kv_heads: int = 4
-    ffn_dim: int = 192
+    dim: int = 64                       # width of the embedded world's model; it and all below are ignored when a folder is given
+    n_layers: int = 2                   # transformer blocks
+    n_heads: int = 4                    # query heads per block
+    n_kv_heads: int = 4                 # key and value heads per block: fewer than n_heads is grouped-query attention
+    ffn_dim: int = 192                  # width of the feed-forward layer
     vocab_size: int = 640               # sentencepiece pieces, trained at the start of the run
     max_seq_len: int = 128              # context [tokens]
 
@@ -178,6 +178,21 @@ def parse_args(args: Sequence[str]) -> Config:
     return check(unflatten({**values, **given}))
 
 
+def world_shape(config: Config, **own: int) -> ModelConfig:
+    """Return the shape of the embedded world's model, with the nonzero sizes of `own` in place of the actor's."""
+    m = config.model
+    shape = {"dim": m.dim, "n_layers": m.n_layers, "n_heads": m.n_heads, "ffn_dim": m.ffn_dim, **{k: v for k, v in own.items() if v}}
+    heads = shape["n_heads"] if own.get("n_heads") else m.n_kv_heads
+    return ModelConfig(n_kv_heads=heads, vocab_size=m.vocab_size, max_seq_len=m.max_seq_len, **shape)
+
+
+def reward_shape(config: Config) -> ModelConfig | None:
+    """Return the reward model's own shape on the embedded world; None if it has the actor's."""
+    r = config.reward
+    own = {"dim": r.dim, "n_layers": r.n_layers, "n_heads": r.n_heads, "ffn_dim": r.ffn_dim}
+    return world_shape(config, **own) if any(own.values()) else None
+
+
 def check(config: Config) -> Config:
     """Refuse impossible combinations in one line each."""
     order = [STAGES.index(stage) if stage in STAGES else -1 for stage in config.stages]
@@ -189,13 +204,24 @@ def check(config: Config) -> Config:
         raise ValueError("--resume needs --out=FOLDER: the run to continue")
     if len(config.reward.temperatures) < 2:
         raise ValueError("--reward.temperatures: ranking needs at least two responses per prompt")
+    longest = config.data.max_prompt_tokens + config.data.max_response_tokens
+    context = (world_shape(config) if config.is_world else read_config(config.model.path)).max_seq_len
+    if longest > context:
+        raise ValueError(f"--data.max_prompt_tokens + --data.max_response_tokens = {longest} exceeds the model's context of {context}")
+    if reward_shape(config) and not config.is_world:
+        raise ValueError("--reward.dim and the like shape the embedded world's reward model; with --model give --reward.model=DIR")
     if not config.is_world:
         needed = {"sft": ("sft.data", config.sft.data), "ppo": ("ppo.prompts", config.ppo.prompts)}
         for stage, (flag, files) in needed.items():
             if stage in config.stages and not files:
                 raise ValueError(f"--model is given, so stage {stage} needs --{flag}=FILE")
-    elif config.sft.data or config.reward.data or config.ppo.prompts:
+    elif config.sft.data or config.reward.data or config.ppo.prompts or config.eval.prompts:
         raise ValueError("data files need a model to train: give --model=DIR")
+    for flag, files in (("sft.data", config.sft.data), ("reward.data", config.reward.data), ("ppo.prompts", config.ppo.prompts),
+                        ("eval.prompts", config.eval.prompts)):
+        for file in files:  # now, not when their stage begins hours later
+            if not Path(file).is_file() or not Path(file).stat().st_size:
+                raise ValueError(f"--{flag}={file}: {'the file is empty' if Path(file).is_file() else 'no such file'}")
     return config
 
 
@@ -269,12 +295,12 @@ def lr_at(step: int, steps: int, peak: float, end: float, warmup: float) -> floa
 
 
 def update(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterable[Any], loss: Callable, lr: float,
-           max_grad_norm: float, machine: Machine) -> dict[str, float]:
+           max_grad_norm: float, machine: Machine, norm_name: str = "grad_norm") -> dict[str, float]:
     """Take one optimizer step on the mean loss over all ranks' micro-batches.
 
     loss(model, batch) returns the *sum* over the batch's terms and stats; batch.count is their number.
     The sum is divided by the count of the whole step, over all micro-batches and ranks, so that how the
-    batch is cut up does not change the update. Returns the stats, averaged globally, and grad_norm.
+    batch is cut up does not change the update. Returns the stats, averaged globally, and the gradient's norm as `norm_name`.
     """
     batches = list(batches)
     count = parallel.all_sum(torch.stack([batch.count for batch in batches]).sum().float())
@@ -299,7 +325,7 @@ def update(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterable
             parallel.local_part(parameter.grad).mul_((max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
     optimizer.step()
     optimizer.zero_grad()
-    return {**result, "grad_norm": norm.item()}
+    return {**result, norm_name: norm.item()}
 
 
 def train_on(run: Run, name: str, model: nn.Module, examples: Sequence, make_batch: Callable[[Sequence], Any],
@@ -377,8 +403,9 @@ def messages_of(prompt: str) -> tuple[data.Message, ...]:
     return (data.Message("user", prompt),)
 
 
-def world_items(run: Run, split: str, n: int, share: float) -> list[microcosm.Item]:
-    return microcosm.items(split, n, run.config.seed, share)
+def preference_items(run: Run) -> list[microcosm.Item]:
+    """Return the world's prompts whose responses are ranked."""
+    return microcosm.items("preference", run.config.reward.sampled_prompts, run.config.seed, run.config.reward.in_domain_share)
 
 
 def sft_examples(run: Run) -> list[data.TokenizedDialogue]:
@@ -387,7 +414,7 @@ def sft_examples(run: Run) -> list[data.TokenizedDialogue]:
     if config.is_world:
         rng = random.Random(f"demonstrations {config.seed}")
         records = [data.Dialogue((*messages_of(item.prompt), data.Message("assistant", microcosm.demonstrate(item, rng))), item.task)
-                   for item in world_items(run, "train", config.sft.examples, config.sft.in_domain_share)]
+                   for item in microcosm.items("train", config.sft.examples, config.seed, config.sft.in_domain_share)]
     else:
         records, report = data.read_dialogues(config.sft.data, config.data.skip_bad)
         run.say(f"sft data: {report}")
@@ -397,27 +424,37 @@ def sft_examples(run: Run) -> list[data.TokenizedDialogue]:
     return examples
 
 
+def read_prompts(run: Run, name: str, files: Sequence[str]) -> tuple[list[data.Prompt], list[list[int]]]:
+    """Return the prompts of files and their token ids."""
+    config = run.config.data
+    records, report = data.read_prompts(files, config.skip_bad)
+    run.say(f"{name} data: {report}")
+    ids, records, report = data.encode_prompts(records, run.tokenizer, config.template, config.max_prompt_tokens, config.skip_bad)
+    run.say(f"{name} prompts: {report}")
+    return records, ids
+
+
+def world_prompts(run: Run, items: Sequence[microcosm.Item]) -> list[list[int]]:
+    return [data.encode_prompt(run.tokenizer, messages_of(item.prompt), run.config.data.template) for item in items]
+
+
 def ppo_prompts(run: Run) -> tuple[list[data.Prompt], list[list[int]]]:
-    """Return PPO's prompts and their token ids, in the order of the files; the world's come from the training split."""
+    """Return the prompts of PPO's files and their token ids, in the order of the files."""
     config = run.config
-    if config.is_world:
-        n = config.ppo.iterations * config.ppo.batch_size
-        records = [data.Prompt(messages_of(item.prompt), item.task, None) for item in
-                   microcosm.items("train", n, config.seed + 1_000_000, config.ppo.in_domain_share)]
-    else:
-        records, report = data.read_prompts(config.ppo.prompts, config.data.skip_bad)
-        run.say(f"ppo prompts: {report}")
-    ids, records, report = data.encode_prompts(records, run.tokenizer, config.data.template, config.data.max_prompt_tokens)
-    if len(ids) <= config.eval.holdout and not config.is_world and not config.eval.prompts:
+    records, ids = read_prompts(run, "ppo", config.ppo.prompts)
+    if len(ids) <= config.eval.holdout and not config.eval.prompts:
         raise ValueError(f"--ppo.prompts has {len(ids)} usable prompts and --eval.holdout={config.eval.holdout} of them are held out: lower it")
     return records, ids
 
 
 def training_prompts(run: Run) -> list[list[int]]:
-    """Return the prompts PPO trains on: all but those kept for evaluation."""
-    _, ids = ppo_prompts(run)
-    keep_out = 0 if run.config.is_world or run.config.eval.prompts else run.config.eval.holdout
-    return ids[:len(ids) - keep_out]
+    """Return the prompts PPO trains on: the world's training split, or all in its files but those kept for evaluation."""
+    config = run.config
+    if config.is_world:
+        return world_prompts(run, microcosm.items("train", config.ppo.iterations * config.ppo.batch_size, config.seed + 1_000_000,
+                                                  config.ppo.in_domain_share))
+    ids = ppo_prompts(run)[1]
+    return ids if config.eval.prompts else ids[:len(ids) - config.eval.holdout]
 
 
 def sft_batch(run: Run, examples: Sequence[data.TokenizedDialogue]) -> sft.Batch:
@@ -439,14 +476,6 @@ def reward_batch(run: Run, examples: Sequence[data.TokenizedRanking]) -> reward.
 # ---------------------------------------------------------------------------------------------
 # The six stages
 
-def world_shape(run: Run, **own: int) -> ModelConfig:
-    """Return the shape of the embedded world's model, with the nonzero sizes of `own` in place of the actor's."""
-    m = run.config.model
-    shape = {"dim": m.dim, "n_layers": m.n_layers, "n_heads": m.n_heads, "ffn_dim": m.ffn_dim, **{k: v for k, v in own.items() if v}}
-    heads = shape["n_heads"] if own.get("n_heads") else m.n_kv_heads
-    return ModelConfig(n_kv_heads=heads, vocab_size=run.tokenizer.vocab_size, max_seq_len=m.max_seq_len, **shape)
-
-
 def supervise(run: Run, name: str, model: nn.Module) -> None:
     """Fine-tune a model on the demonstrations and save it as `name`."""
     train_on(run, name, model, sft_examples(run), partial(sft_batch, run), sft.loss, run.config.sft, show=("loss",))
@@ -457,7 +486,7 @@ def run_sft(run: Run) -> None:
     """ICE-Instruct."""
     config = run.config
     if config.is_world:
-        model = parallel.build(Transformer, world_shape(run), config.seed, run.machine)
+        model = parallel.build(Transformer, world_shape(config), config.seed, run.machine)
     else:
         model = load_model(run, Path(config.model.path))
     supervise(run, "sft", model)
@@ -467,9 +496,9 @@ def run_sample(run: Run) -> None:
     """Draw several responses per prompt from the SFT model, for an annotator to rank."""
     config = run.config
     if config.is_world:
-        items = world_items(run, "preference", config.reward.sampled_prompts, config.reward.in_domain_share)
+        items = preference_items(run)
         texts, tasks = [item.prompt for item in items], [item.task for item in items]
-        prompts = [data.encode_prompt(run.tokenizer, messages_of(text), config.data.template) for text in texts]
+        prompts = world_prompts(run, items)
     else:
         records, prompts = ppo_prompts(run)
         prompts = prompts[:config.reward.sampled_prompts]
@@ -504,8 +533,7 @@ def run_annotate(run: Run) -> None:
         path, config = run.needed("to_rank.jsonl", "sample"), run.config
         rows = evaluation.read_jsonl(path)
         if config.is_world:
-            items = world_items(run, "preference", config.reward.sampled_prompts, config.reward.in_domain_share)
-            for row, item in zip(rows, items, strict=True):
+            for row, item in zip(rows, preference_items(run), strict=True):
                 row["ranks"] = row["ranks"] or microcosm.annotate(item, row["responses"], config.seed, config.reward.noise)
         for number, row in enumerate(rows, 1):
             ranks = row.get("ranks")
@@ -540,16 +568,13 @@ def rankings(run: Run) -> tuple[list[data.TokenizedRanking], list[str]]:
 
 def reward_start(run: Run) -> Path:
     """Return the weights the reward model starts from: given ones, the SFT model, or its own SFT when it has its own size."""
-    config = run.config.reward
-    own = {"dim": config.dim, "n_layers": config.n_layers, "n_heads": config.n_heads, "ffn_dim": config.ffn_dim}
-    if config.model:
-        return Path(config.model)
-    if not any(own.values()):
+    shape = reward_shape(run.config)
+    if run.config.reward.model:
+        return Path(run.config.reward.model)
+    if shape is None:
         return run.needed("sft", "sft")
-    if not run.config.is_world:
-        raise ValueError("--reward.dim and the like shape the embedded world's reward model; with --model give --reward.model=DIR")
     if not run.result("reward_sft"):
-        supervise(run, "reward_sft", parallel.build(Transformer, world_shape(run, **own), run.config.seed, run.machine))
+        supervise(run, "reward_sft", parallel.build(Transformer, shape, run.config.seed, run.machine))
     return run.needed("reward_sft", "reward")
 
 
@@ -652,9 +677,9 @@ def run_ppo(run: Run) -> None:
         rolled = time.perf_counter()
         lr, critic_lr = (lr_at(iteration, config.iterations, peak, config.lr_end, config.warmup) for peak in (config.lr, config.critic_lr))
         update_actor = partial(update, models.actor, actor_optimizer, loss=partial(ppo.actor_loss, config=config),
-                               lr=lr, max_grad_norm=config.max_grad_norm, machine=machine)
+                               lr=lr, max_grad_norm=config.max_grad_norm, machine=machine, norm_name="actor_grad_norm")
         update_critic = partial(update, models.critic, critic_optimizer, loss=partial(ppo.critic_loss, config=config),
-                                lr=critic_lr, max_grad_norm=config.max_grad_norm, machine=machine)
+                                lr=critic_lr, max_grad_norm=config.max_grad_norm, machine=machine, norm_name="critic_grad_norm")
         steps = ppo.learn(rollout, config, update_actor, update_critic, seed=run.config.seed * 100_000 + iteration, share=machine.share)
         stats.update(kl_coef=controller.kl_coef, lr=lr, critic_lr=critic_lr)
         if config.kl_target > 0:
@@ -698,7 +723,7 @@ def run_eval(run: Run) -> None:
     if config.is_world:
         items: Sequence[Any] = (microcosm.items("eval", config.eval.in_domain, config.seed, 1.0)
                                 + microcosm.items("eval", config.eval.general, config.seed, 0.0))
-        prompts = [data.encode_prompt(run.tokenizer, messages_of(item.prompt), config.data.template) for item in items]
+        prompts = world_prompts(run, items)
     else:
         items, prompts = held_out_prompts(run)
     reward_path = run.result("reward")
@@ -732,9 +757,7 @@ def held_out_prompts(run: Run) -> tuple[list[Any], list[list[int]]]:
     """Return the real prompts of the evaluation, as things with a prompt and an answer, and their token ids."""
     config = run.config
     if config.eval.prompts:
-        records, report = data.read_prompts(config.eval.prompts, config.data.skip_bad)
-        run.say(f"eval prompts: {report}")
-        ids, records, _ = data.encode_prompts(records, run.tokenizer, config.data.template, config.data.max_prompt_tokens)
+        records, ids = read_prompts(run, "eval", config.eval.prompts)
     elif config.ppo.prompts:
         records, ids = (part[-config.eval.holdout:] for part in ppo_prompts(run))
     else:
@@ -813,14 +836,14 @@ def prepare_tokenizer(config: Config, out: Path) -> Tokenizer:
         shape, tokenizer = read_config(config.model.path), Tokenizer(config.model.path)
         if tokenizer.vocab_size > shape.vocab_size:
             raise ValueError(f"{config.model.path}: the tokenizer has {tokenizer.vocab_size} pieces, the model only {shape.vocab_size} embeddings")
-        longest = config.data.max_prompt_tokens + config.data.max_response_tokens
-        if longest > shape.max_seq_len:
-            raise ValueError(f"--data.max_prompt_tokens + --data.max_response_tokens = {longest} exceeds the model's context of {shape.max_seq_len}")
         return tokenizer
     path = out / "tokenizer.model"
     if not path.exists():
         partial_path = out / "tokenizer.partial"
-        microcosm.train_tokenizer(partial_path, config.model.vocab_size)
+        try:
+            microcosm.train_tokenizer(partial_path, config.model.vocab_size)
+        except RuntimeError as error:
+            raise ValueError(f"--model.vocab_size={config.model.vocab_size}: {str(error).splitlines()[-1]}")
         os.rename(partial_path, path)
     return Tokenizer(path)
 
@@ -852,5 +875,5 @@ if __name__ == "__main__":
     else:
         try:
             main(sys.argv[1:])
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             parallel.fail(f"train.py: error: {error}")

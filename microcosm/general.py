@@ -1,7 +1,7 @@
 """Twelve general tasks that must not get worse: lists, numbers, words, small deductions.
 
 Every prompt carries enough content that whole combinations can be held out while every word is seen. Each
-task is one that two layers of attention can do: find a word by the one before it, count, look up a small table.
+task is one that two layers of attention can do: find a word by the one before it, count, remember a small table.
 """
 from __future__ import annotations
 
@@ -90,14 +90,11 @@ def next_number(rng: random.Random) -> Question:
     return Question(f"Next {word}: {' '.join(row)}", f"{answer} {word}", f"{near(answer, rng)} {word}")
 
 
-def lookup(rng: random.Random) -> Question:
-    """Find the number that stands after a word."""
-    size = rng.choice((2, 3))
-    words, numbers = rng.sample(WORDS, size), rng.sample(range(10), size)
-    i, wrong = rng.sample(range(size), 2)
-    table = " ".join(f"{word} {number}" for word, number in zip(words, numbers))
-    # The answer repeats the word, so that its number is what followed that word before: the easiest thing to attend to.
-    return Question(f"Find {words[i]}: {table}", f"{words[i]} {numbers[i]}", f"{words[i]} {numbers[wrong]}")
+def kind(rng: random.Random) -> Question:
+    """Say to which of two classes a word belongs."""
+    right, wrong = rng.sample(tuple(CLASSES), 2)
+    first, second = rng.sample((right, wrong), 2)
+    return Question(f"Kind of {rng.choice(tuple(OPPOSITES))} {rng.choice(CLASSES[right])}: {first} or {second}", right, wrong)
 
 
 def antonym(rng: random.Random) -> Question:
@@ -124,5 +121,5 @@ def weekday(rng: random.Random) -> Question:
 
 GENERATORS: dict[str, Callable[[random.Random], Question]] = {
     "copy": copy, "reverse": reverse, "sort": sort, "add": add, "larger": larger, "count": count, "logic": logic, "next": next_number,
-    "lookup": lookup, "antonym": antonym, "odd-one-out": odd, "weekday": weekday,
+    "kind": kind, "antonym": antonym, "odd-one-out": odd, "weekday": weekday,
 }

@@ -541,12 +541,14 @@ def test_rankings_equal_after_the_cut_are_skipped(tokenizer):
 
 def test_long_prompts_are_left_out_with_their_records(tokenizer):
     records = [Prompt((user(text),), f"p:{n}") for n, text in enumerate(["Hi", "red " * 50, "Bye"], 1)]
-    prompts, kept, report = data.encode_prompts(records, tokenizer, "plain", 20)
+    prompts, kept, report = data.encode_prompts(records, tokenizer, "plain", 20, skip_bad=True)
     assert kept == [records[0], records[2]]
     assert prompts == [data.encode_prompt(tokenizer, record.messages, "plain") for record in kept]
     assert str(report).startswith("kept 2 of 3; skipped 1 longer than 20 tokens (first p:2); tokens: mean ")
     with pytest.raises(ValueError, match="0 usable rows of 1"):
-        data.encode_prompts(records[1:2], tokenizer, "plain", 20)
+        data.encode_prompts(records[1:2], tokenizer, "plain", 20, skip_bad=True)
+    with pytest.raises(ValueError, match=r"^p:2: a prompt of \d+ tokens, longer than .*=20"):
+        data.encode_prompts(records, tokenizer, "plain", 20)
 
 
 # ---------------------------------------------------------------------------------------------

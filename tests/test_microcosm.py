@@ -48,7 +48,7 @@ def solve(item: Item) -> str:
         case "larger": return str(max(numbers))
         case "count": return str(len(words))
         case "next": return f"{2 * numbers[-1] - numbers[-2]} {head.split()[1]}"
-        case "lookup": return f"{head.split()[1]} {words[words.index(head.split()[1]) + 1]}"
+        case "kind": return next(name for name, group in microcosm.general.CLASSES.items() if head.split()[-1] in group)
         case "logic": return "yes" if eval(tail.replace("but not", "and not").replace("yes", "1").replace("no", "0").replace("0t", "not")) else "no"
         case "weekday": return days[(days.index(words[-1]) + numbers[0]) % 7]
         case "odd-one-out":
