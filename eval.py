@@ -103,9 +103,14 @@ def table(results: dict) -> str:
 
 
 def examples_text(examples: Sequence[dict[str, str]]) -> str:
-    """Lay out prompts with all answers, one block each."""
+    """Lay out prompts with all answers, one block each; long texts are cut."""
     width = max((len(key) for example in examples for key in example), default=0)
-    return "\n\n".join("\n".join(f"{key:>{width}}  {value}" for key, value in example.items()) for example in examples)
+
+    def lines(key: str, value: str) -> str:
+        shown = [line for line in value.splitlines() if line.strip()] or [""]
+        shown = shown if len(shown) <= 12 else [*shown[:12], "..."]
+        return f"{key:>{width}}  " + f"\n{'':{width + 2}}".join(line if len(line) <= 400 else line[:400] + " ..." for line in shown)
+    return "\n\n".join("\n".join(lines(key, value) for key, value in example.items()) for example in examples)
 
 
 def pick_examples(items: Sequence[Any], answers: dict[str, Sequence[str]], scores: dict[str, Sequence[float]], show: int) -> list[dict[str, str]]:
@@ -116,7 +121,7 @@ def pick_examples(items: Sequence[Any], answers: dict[str, Sequence[str]], score
     examples = []
     for i in chosen[:show]:
         example = {"prompt": items[i].prompt}
-        example.update({name: f"{texts[i]}   ({scores[name][i]:.2f})" for name, texts in answers.items()})
+        example.update({f"{name} ({scores[name][i]:.2f})": texts[i] for name, texts in answers.items()})
         if items[i].answer:
             example["truth"] = items[i].answer
         examples.append(example)

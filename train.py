@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Callable, Iterable, Mapping, Sequence, get_args, get_origin, get_type_hints
 
@@ -94,7 +94,7 @@ PRETRAINED_DEFAULTS = {
 }
 
 
-PER_CALL = ("out", "base", "stages", "resume")  # flags that one command's call does not hand on to the next
+PER_CALL = ("out", "stages", "resume")  # flags that one command's call does not hand on to the next
 
 
 def parse_value(text: str, hint: Any, flag: str) -> Any:
@@ -200,6 +200,8 @@ def check(config: Config) -> Config:
         raise ValueError(f"--stages={','.join(config.stages)}: give a contiguous part of {','.join(STAGES)}")
     if config.dtype not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"--dtype={config.dtype}: use auto, float32 or bfloat16")
+    if config.base and not Path(config.base, "config.json").exists():
+        raise ValueError(f"--base={config.base}: not the folder of a run, it has no config.json")
     if config.resume and not config.out:
         raise ValueError("--resume needs --out=FOLDER: the run to continue")
     if len(config.reward.temperatures) < 2:
@@ -260,11 +262,12 @@ class Run:
     tokenizer: Tokenizer
 
     def result(self, name: str) -> Path | None:
-        """Return where an earlier stage's result is, in this run's folder or its base; None if nowhere."""
-        for folder in (self.out, Path(self.config.base) if self.config.base else self.out):
-            if (folder / name).exists():
-                return folder / name
-        return None
+        """Return where an earlier stage's result is: in this run's folder, in its base's, or further down; None if nowhere."""
+        folders, base = [self.out], self.config.base
+        while base and Path(base) not in folders:
+            folders.append(Path(base))
+            base = config_from_file(f"{base}/config.json").get("base", "")
+        return next((folder / name for folder in folders if (folder / name).exists()), None)
 
     def needed(self, name: str, stage: str) -> Path:
         found = self.result(name)
@@ -347,7 +350,7 @@ def train_on(run: Run, name: str, model: nn.Module, examples: Sequence, make_bat
         tokens = parallel.all_sum(torch.tensor(float(sum(batch.attention_mask.sum() for batch in batches)))).item()
         stats["tokens_per_second"] = tokens / (time.perf_counter() - began)
         run.log(name, step + 1, **stats, lr=lr)
-        bar.set_postfix({key: f"{stats[key]:.3g}" for key in (*show, "tokens_per_second")}, refresh=False)
+        bar.set_postfix({**{key: f"{stats[key]:.3f}" for key in show}, "tokens/s": tqdm.format_sizeof(stats["tokens_per_second"])}, refresh=False)
         bar.update()
         keep(run, name, step + 1, steps, run.config.checkpoint_every, {"model": (model, optimizer)}, {})
     bar.close()
@@ -424,8 +427,9 @@ def sft_examples(run: Run) -> list[data.TokenizedDialogue]:
     return examples
 
 
-def read_prompts(run: Run, name: str, files: Sequence[str]) -> tuple[list[data.Prompt], list[list[int]]]:
-    """Return the prompts of files and their token ids."""
+@cache
+def read_prompts(run: Run, name: str, files: tuple[str, ...]) -> tuple[list[data.Prompt], list[list[int]]]:
+    """Return the prompts of files and their token ids; several stages of a run ask for them."""
     config = run.config.data
     records, report = data.read_prompts(files, config.skip_bad)
     run.say(f"{name} data: {report}")

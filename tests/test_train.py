@@ -94,6 +94,8 @@ def test_another_run_can_build_on_the_stages_of_this_one(finished, tmp_path):
     results = json.loads((tmp_path / "b" / "eval.json").read_text())
     assert results["models"]["sft"] == numbers["eval"]["models"]["sft"]
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    train.main([f"--base={tmp_path / 'b'}", f"--out={tmp_path / 'd'}", "--stages=eval"])
+    assert json.loads((tmp_path / "d" / "eval.json").read_text())["models"] == results["models"], "a base's base counts too"
     train.main([f"--config={out / 'config.json'}", f"--out={tmp_path / 'c'}", "--stages=sft"])
     assert all(torch.equal(a, b) for a, b in zip(load_pretrained(out / "sft").parameters(), load_pretrained(tmp_path / "c" / "sft").parameters()))
 
@@ -135,7 +137,7 @@ def test_values_are_read_by_type():
     (["--ppo.whiten_advantages=1"], "expected true or false"), (["--ppo.kl_kind=k9"], "use k1, k2, k3 or abs"), (["--stages=sft,ppo"], "contiguous"),
     (["--stages=train"], "contiguous"), (["--ppo.minibatch_size=48"], "must be a multiple"), (["--ppo.temperature=0"], "above 0"),
     (["--resume"], "--resume needs --out"), (["--dtype=half"], "use auto, float32 or bfloat16"), (["--reward.temperatures=1"], "at least two"),
-    (["--config=none.json"], "none.json"), (["--model=no/such", "--sft.data=x"], "no/such"), (["--sft.data=x.json"], "give --model=DIR"),
+    (["--config=none.json"], "none.json"), (["--base=none"], "--base=none: not the folder of a run"), (["--model=no/such", "--sft.data=x"], "no/such"), (["--sft.data=x.json"], "give --model=DIR"),
     (["--model.n_heads=3"], "n_heads"),
 ])
 def test_impossible_flags(tmp_path, monkeypatch, flags, message):
