@@ -39,7 +39,7 @@ from torch import Tensor
 @dataclass(frozen=True)
 class DataConfig:
     template: str = "plain"             # alpaca | llama2 | vicuna | plain: how a dialogue becomes text
-    max_prompt_tokens: int = 96         # longer PPO prompts are left out
+    max_prompt_tokens: int = 96         # a longer PPO prompt is refused, or left out with skip_bad
     max_response_tokens: int = 32       # a response is cut off here; a training sequence is at most the sum of both
     skip_bad: bool = False              # leave malformed rows and overlong prompts out and count them, instead of stopping at the first
 
@@ -547,6 +547,7 @@ def to_dialogue(example: Example, source: str) -> Dialogue:
 
 
 def to_ranking(example: Example, source: str) -> Ranking:
+    """Keep what a reward model can learn from: at least two different responses that are not all tied."""
     if example.flaw:
         raise Uninformative(example.flaw)
     if example.ranks is None:

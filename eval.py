@@ -161,8 +161,10 @@ def write_plots(out: Path) -> list[str]:
         points = [row for row in rows if row["stage"] == stage]
         if not points:
             continue
-        figure, axes = pyplot.subplots(1, len(curves), figsize=(3.2 * len(curves), 2.8), constrained_layout=True)
-        for axis, (name, unit) in zip(axes, curves):
+        columns = min(len(curves), 3)
+        figure, axes = pyplot.subplots(len(curves) // columns, columns, figsize=(3.4 * columns, 2.6 * (len(curves) // columns)),
+                                       constrained_layout=True)
+        for axis, (name, unit) in zip(axes.flat, curves):
             axis.plot([p["step"] for p in points], [p[name] for p in points], linewidth=0.8)
             axis.set(title=name, xlabel="iteration" if stage == "ppo" else "step", ylabel=unit)
         figure.suptitle(stage)

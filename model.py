@@ -21,7 +21,7 @@ import shutil
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator, Mapping, NamedTuple, Sequence
+from typing import Any, Iterator, Mapping, NamedTuple, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -140,6 +140,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(self.heads * self.size, config.dim, bias=False)
 
     def forward(self, x: Tensor, rope: Rope, grid: Grid, cache: Cache | None, positions: Tensor | None) -> Tensor:
+        """Mix (N, D) packed states along their rows; with `positions` (B,), one new token per row, against the cache."""
         qkv = torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), dim=-1)  # (N, (H + 2K) E)
         qkv = grid.spread(qkv).unflatten(-1, (-1, self.size))                      # (B, T, H + 2K, E)
         rotated, values = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=2)
@@ -619,7 +620,7 @@ def config_json(config: ModelConfig, kind: type[nn.Module], bos_id: int, eos_id:
             "id2label": {"0": "score"}, "label2id": {"score": 0}}
 
 
-def save_pretrained(model: nn.Module, path: str | Path, tokenizer=None, weights: Mapping[str, Tensor] | None = None,
+def save_pretrained(model: nn.Module, path: str | Path, tokenizer: Any = None, weights: Mapping[str, Tensor] | None = None,
                     extra: Mapping | None = None) -> None:
     """Write a folder that `transformers` and `load_pretrained` load; a new folder appears whole or not at all.
 

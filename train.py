@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -376,10 +377,11 @@ def restore(run: Run, stage: str, trained: Mapping) -> dict:
 
 
 def save_model(run: Run, model: nn.Module, name: str, extra: Mapping | None = None) -> None:
-    """Write a model folder in the Hugging Face layout."""
+    """Write a model folder in the Hugging Face layout; the stage's checkpoint has served."""
     weights = parallel.full_weights(model)
     if run.machine.is_main:
         save_pretrained(model, run.out / name, run.tokenizer, weights, extra)
+        shutil.rmtree(run.out / "checkpoints" / name, ignore_errors=True)
     parallel.gather_objects(None)
 
 

@@ -1,0 +1,93 @@
+"""Promises about the code itself: who imports whom, what is required, how long things are, what the README says."""
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import train
+
+ROOT = Path(__file__).parents[1]
+FILES = {path.stem: path for path in ROOT.glob("*.py")} | {"microcosm." + path.stem: path for path in (ROOT / "microcosm").glob("*.py")}
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+# Imports point one way; `microcosm` stands for its package.
+MAY_IMPORT = {
+    "model": set(), "data": set(), "microcosm": set(), "sft": {"model"}, "reward": {"model"}, "ppo": {"model"}, "parallel": {"model"},
+    "eval": {"model", "data", "microcosm"}, "train": {"sft", "reward", "ppo", "eval", "data", "model", "parallel", "microcosm"},
+}
+REQUIRED = {"torch", "numpy", "sentencepiece", "tqdm", "pytest"}
+OPTIONAL = {("eval", "matplotlib")}  # imported only where it is used, and asked for by name
+
+
+def tree(name: str) -> ast.Module:
+    return ast.parse(FILES[name].read_text(encoding="utf-8"))
+
+
+def imports(name: str) -> set[str]:
+    """Return the top-level names a file imports; relative imports stay inside its package."""
+    found = set()
+    for node in ast.walk(tree(name)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+def functions(name: str) -> list[ast.FunctionDef]:
+    return [node for node in ast.walk(tree(name)) if isinstance(node, ast.FunctionDef)]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_imports(name):
+    package = name.split(".")[0]
+    ours = {file.split(".")[0] for file in FILES}
+    assert imports(name) & ours - {package} <= MAY_IMPORT[package]
+    foreign = {other for other in imports(name) - ours - set(sys.stdlib_module_names) if (name, other) not in OPTIONAL}
+    assert foreign <= REQUIRED
+
+
+def test_five_packages_are_required():
+    lines = (ROOT / "requirements.txt").read_text().split()
+    assert {line.split("==")[0] for line in lines} == REQUIRED and "torch==2.13.0" in lines
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_only_the_machine_knows_of_processes(name):
+    uses = "torch.distributed" in FILES[name].read_text(encoding="utf-8").replace("torch.distributed.run", "")
+    assert not uses or name in ("train", "parallel")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_functions_are_short_typed_and_explained(name):
+    for function in functions(name):
+        length = function.end_lineno - function.lineno + 1
+        assert length <= 60, f"{name}.{function.name} has {length} lines"
+        arguments = [a for a in function.args.args + function.args.kwonlyargs if a.arg not in ("self", "cls")]
+        untyped = [a.arg for a in arguments if a.annotation is None]
+        assert not untyped, f"{name}.{function.name}: {untyped} without a type"
+        assert function.returns is not None or function.name == "__init__", f"{name}.{function.name}: no return type"
+        assert ast.get_docstring(function) or length <= 12, f"{name}.{function.name} is long and has no docstring"
+    assert ast.get_docstring(tree(name)), f"{name} has no docstring"
+
+
+def test_readme_commands_are_what_ci_runs():
+    command = "pip install -r requirements.txt && python -m pytest"
+    assert command in README and command in (ROOT / ".ci" / "run").read_text()
+    assert "pip install -r requirements.txt && torchrun --nproc_per_node=2 train.py" in README
+
+
+def test_readme_names_flags_that_exist():
+    flags = set(re.findall(r"--([a-z_]+(?:\.[a-z_]+)?)(?==|\b)", README)) - {"nproc_per_node", "nnodes", "help", "model", "config"}
+    assert flags and flags <= set(train.flag_types()), sorted(flags - set(train.flag_types()))
+
+
+def test_readme_counts_lines():
+    counts = dict(re.findall(r"\| `([\w/.]+)` \| (\d+) \|", README))
+    assert {f"{name}.py" for name in MAY_IMPORT if name != "microcosm"} <= counts.keys()
+    for name, claimed in counts.items():
+        files = [ROOT / name] if name.endswith(".py") else (ROOT / name).glob("*.py")
+        actual = sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
+        assert abs(actual - int(claimed)) <= 0.05 * actual, f"{name} has {actual} lines, the README says {claimed}"
