@@ -67,6 +67,7 @@ def start(dtype: str) -> Machine:
         torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        dist.barrier()  # a rank that fails right away would else tear the others' connections down while they are being made
     if dtype == "auto":
         dtype = "bfloat16" if cuda else "float32"
     return Machine(rank, world, device, getattr(torch, dtype))
