@@ -165,7 +165,7 @@ def write_plots(out: Path) -> list[str]:
         figure, axes = pyplot.subplots(len(curves) // columns, columns, figsize=(3.4 * columns, 2.6 * (len(curves) // columns)),
                                        constrained_layout=True)
         for axis, (name, unit) in zip(axes.flat, curves):
-            axis.plot([p["step"] for p in points], [p[name] for p in points], linewidth=0.8)
+            axis.plot([p["step"] for p in points], [p.get(name) for p in points], linewidth=0.8)
             axis.set(title=name, xlabel="iteration" if stage == "ppo" else "step", ylabel=unit)
         figure.suptitle(stage)
         figure.savefig(out / f"{stage}.png", dpi=110)

@@ -37,6 +37,13 @@ from model import generate, last_scores, token_logprobs, token_logprobs_and_entr
 Stats = dict[str, tuple[Tensor, Tensor] | Tensor]  # (sum, count): merged by adding; a bare tensor: by its maximum
 
 
+CHOICES = {
+    "kl_kind": ("k1", "k2", "k3", "abs"), "kl_in": ("reward", "loss"), "whiten_advantages": ("global", "rank", "off"),
+    "score_scale": ("calibrated", "running", "none"), "missing_eos": ("subtract", "override", "off"),
+    "loss_average": ("tokens", "sequences"), "critic_init": ("reward", "actor"),
+}
+
+
 @dataclass(frozen=True)
 class PPOConfig:
     prompts: tuple[str, ...] = ()       # prompt files; none: the embedded world's training prompts
@@ -57,20 +64,31 @@ class PPOConfig:
     top_k: int = 0                      # 0: off; a filter makes sampled and scored distributions differ
     top_p: float = 1.0                  # 1: off; likewise
     kl_coef: float = 0.3                # KL penalty per token, in reward units per nat
-    kl_kind: str = "k1"                 # k1 | k2 | k3 | abs: estimator of the per-token KL in the reward
+    kl_kind: str = "k1"                 # k1 | k2 | k3 | abs: estimator of the per-token KL
+    kl_in: str = "reward"               # reward | loss: where the penalty acts; in the loss with k2 and whitening off, else kl_coef means another thing
     kl_target: float = 0.0              # nats per response; above 0 kl_coef adapts to hold it
     kl_horizon: int = 10_000            # episodes over which the adaptive controller acts
     gamma: float = 1.0                  # discount per token
     gae_lambda: float = 0.95            # 1: Monte Carlo returns, 0: one-step differences
     clip_range: float = 0.2             # of the ratio
     value_clip_range: float = 0.2       # of the value, in reward units; 0: off
-    whiten_advantages: bool = True      # the paper's advantage normalization
-    score_clip: float = 0.0             # bound on the calibrated score; 0: off
-    eos_penalty: float = 1.0            # subtracted from the score of a response that was cut off
+    whiten_advantages: str = "global"   # global | rank | off: the paper's advantage normalization, and over which episodes
+    score_scale: str = "calibrated"     # calibrated | running | none: standardised on SFT samples, on all so far, or raw
+    score_clip: float = 0.0             # bound on the scaled score; 0: off
+    missing_eos: str = "subtract"       # subtract | override | off: what eos_penalty does to the score of a response cut off
+    eos_penalty: float = 1.0            # that penalty [scaled reward units]; override makes the score its negative
+    entropy_coef: float = 0.0           # bonus per nat of entropy in the actor's loss
+    ptx_coef: float = 0.0               # weight of the SFT loss in the actor's loss (InstructGPT's PPO-ptx, on SFT data)
+    loss_average: str = "tokens"        # tokens | sequences: what counts equally in a minibatch, each token or each response
+    critic_init: str = "reward"         # reward | actor: the model whose weights the critic starts from
+    critic_warmup: int = 0              # first iterations in which only the critic learns
 
     def __post_init__(self) -> None:
-        if self.kl_kind not in ("k1", "k2", "k3", "abs"):
-            raise ValueError(f"ppo.kl_kind={self.kl_kind!r}: use k1, k2, k3 or abs")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"ppo.{name}={getattr(self, name)!r}: use {', '.join(choices[:-1])} or {choices[-1]}")
+        if self.kl_in == "loss" and self.kl_kind == "k1":
+            raise ValueError("ppo.kl_in='loss' with ppo.kl_kind='k1': the expected gradient of k1 is zero, so it would do nothing; use k2")
         if self.batch_size % self.minibatch_size:
             raise ValueError(f"ppo.batch_size={self.batch_size} must be a multiple of ppo.minibatch_size={self.minibatch_size}")
         if self.temperature <= 0:
@@ -86,12 +104,13 @@ class Rollout:
     logprobs: Tensor        # of the policy that sampled, by the training forward [nats]
     ref_logprobs: Tensor    # of the reference [nats]
     values: Tensor          # V(state before token t) [reward units]
-    scores: Tensor          # (B,), calibrated, before penalties [reward units]
+    scores: Tensor          # (B,), calibrated unless the scale is "none", before clipping and penalties [reward units]
     cut_off: Tensor         # (B,) bool, True = ended without EOS
     sampler_logprobs: Tensor  # of the sampler's own, cached, forward [nats]
     rewards: Tensor | None = None     # after the KL penalty [reward units]
     advantages: Tensor | None = None  # whitened when asked for
     returns: Tensor | None = None     # raw advantages + values [reward units]
+    weights: Tensor | None = None     # of each token in the losses' sums
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Rollout:
         return replace(self, **{f.name: change(getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) is not None})
@@ -105,8 +124,8 @@ class Rollout:
 
     @property
     def count(self) -> Tensor:
-        """Terms in the losses' sums: response tokens."""
-        return self.response_mask.sum()
+        """Terms in the losses' sums: response tokens, or responses if those count equally."""
+        return self.weights.sum()
 
 
 class Models(NamedTuple):
@@ -223,30 +242,43 @@ def gae(rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float, ga
 # ---------------------------------------------------------------------------------------------
 # 6: losses
 
+def token_weights(response_mask: Tensor, average: str) -> Tensor:
+    """Return (B, T) float32, each token's weight in a loss that is divided by the sum of weights.
+
+    "tokens": every response token counts 1, so long responses count more (TRL, OpenRLHF, and the default here).
+    "sequences": every response counts 1, shared by its tokens (so the 2019 code, whose responses had one length).
+    """
+    weights = response_mask.float()
+    return weights if average == "tokens" else weights / weights.sum(1, keepdim=True).clamp(min=1)
+
+
 def policy_loss(new_logprobs: Tensor, logprobs: Tensor, advantages: Tensor, response_mask: Tensor,
-                clip_range: float) -> tuple[Tensor, Stats]:
+                clip_range: float, weights: Tensor | None = None) -> tuple[Tensor, Stats]:
     """Compute the clipped surrogate.
 
-    All (B, T); returns the sum over response tokens and stats as (sum, count). Source: Schulman et al. 2017, eq. 7.
+    All (B, T); weights: see `token_weights`, None: 1 for every response token.
+    Returns the weighted sum over response tokens and stats as (sum, count). Source: Schulman et al. 2017, eq. 7.
     """
+    weights = response_mask.float() if weights is None else weights
     log_ratio = (new_logprobs - logprobs).where(response_mask, 0.0)
     ratio = log_ratio.exp()
     unclipped = ratio * advantages
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range) * advantages
     count = response_mask.sum()
-    loss = -torch.minimum(unclipped, clipped).where(response_mask, 0.0).sum()
+    loss = -(torch.minimum(unclipped, clipped).where(response_mask, 0.0) * weights).sum()
     active = (clipped < unclipped) & response_mask  # tokens that have no gradient any more
     approx_kl = (torch.expm1(log_ratio) - log_ratio).where(response_mask, 0.0)  # k3 of old || new
-    return loss, {"policy_loss": (loss.detach(), count), "clip_fraction": (active.sum(), count),
+    return loss, {"policy_loss": (loss.detach(), weights.sum()), "clip_fraction": (active.sum(), count),
                   "approx_kl": (approx_kl.detach().sum(), count), "ratio_max": ratio.detach().where(response_mask, 0.0).amax()}
 
 
 def value_loss(new_values: Tensor, values: Tensor, returns: Tensor, response_mask: Tensor,
-               value_clip_range: float) -> tuple[Tensor, Stats]:
+               value_clip_range: float, weights: Tensor | None = None) -> tuple[Tensor, Stats]:
     """Compute the clipped squared error, 0.5 * max(...), summed over response tokens; 0 as range: no clipping.
 
-    All (B, T) [reward units]. Source: OpenAI baselines ppo2; not in Schulman et al. 2017.
+    All (B, T) [reward units]; weights as in `policy_loss`. Source: OpenAI baselines ppo2; not in Schulman et al. 2017.
     """
+    weights = response_mask.float() if weights is None else weights
     squared = (new_values - returns).square()
     clipped = torch.zeros_like(response_mask)
     if value_clip_range > 0:
@@ -255,21 +287,26 @@ def value_loss(new_values: Tensor, values: Tensor, returns: Tensor, response_mas
         clipped = (squared_near > squared) & response_mask
         squared = torch.maximum(squared, squared_near)
     count = response_mask.sum()
-    loss = 0.5 * squared.where(response_mask, 0.0).sum()
-    return loss, {"value_loss": (loss.detach(), count), "value_clip_fraction": (clipped.sum(), count)}
+    loss = 0.5 * (squared.where(response_mask, 0.0) * weights).sum()
+    return loss, {"value_loss": (loss.detach(), weights.sum()), "value_clip_fraction": (clipped.sum(), count)}
 
 
-def actor_loss(actor: nn.Module, batch: Rollout, config: PPOConfig) -> tuple[Tensor, Stats]:
-    """Run the actor over a micro-batch; return `policy_loss`, with the entropy among the stats."""
-    new_logprobs, entropy = token_logprobs_and_entropy(actor, batch.tokens, batch.attention_mask, batch.response_mask, config.temperature)
-    loss, stats = policy_loss(new_logprobs, batch.logprobs, batch.advantages, batch.response_mask, config.clip_range)
-    return loss, {**stats, "entropy": (entropy.detach().sum(), batch.count)}
+def actor_loss(actor: nn.Module, batch: Rollout, config: PPOConfig, kl_coef: float) -> tuple[Tensor, Stats]:
+    """Run the actor over a micro-batch; return `policy_loss` with the entropy bonus and, if it acts here, the KL penalty."""
+    mask = batch.response_mask
+    new_logprobs, entropy = token_logprobs_and_entropy(actor, batch.tokens, batch.attention_mask, mask, config.temperature)
+    loss, stats = policy_loss(new_logprobs, batch.logprobs, batch.advantages, mask, config.clip_range, batch.weights)
+    loss = loss - config.entropy_coef * (entropy * batch.weights).sum()
+    if config.kl_in == "loss":
+        kl = kl_penalty(new_logprobs, batch.ref_logprobs, config.kl_kind).where(mask, 0.0)
+        loss = loss + kl_coef * (kl * batch.weights).sum()
+    return loss, {**stats, "entropy": (entropy.detach().sum(), mask.sum())}
 
 
 def critic_loss(critic: nn.Module, batch: Rollout, config: PPOConfig) -> tuple[Tensor, Stats]:
     """Run the critic over a micro-batch; return `value_loss`."""
     new_values = token_values(critic, batch.tokens, batch.attention_mask, batch.response_mask)
-    return value_loss(new_values, batch.values, batch.returns, batch.response_mask, config.value_clip_range)
+    return value_loss(new_values, batch.values, batch.returns, batch.response_mask, config.value_clip_range, batch.weights)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -340,15 +377,54 @@ def collect(models: Models, prompts: list[list[int]], rows: list[int], config: P
 # ---------------------------------------------------------------------------------------------
 # 3 to 6, put together
 
-def assign_credit(rollout: Rollout, config: PPOConfig, kl_coef: float) -> tuple[Rollout, dict[str, float]]:
-    """Turn scores and KL into rewards, advantages and returns (steps 3 to 5); also return the rollout's statistics."""
+class RunningMoments:
+    """Mean and variance of all scores so far (Chan et al. 1983): the other way to fix the reward's scale."""
+
+    def __init__(self, count: float = 0.0, mean: float = 0.0, square_sum: float = 0.0) -> None:
+        self.count, self.mean, self.square_sum = count, mean, square_sum
+
+    def update(self, scores: Tensor) -> None:
+        """Add the scores (B,) of a rollout of all ranks."""
+        values = scores.double()
+        n, shift = len(values), values.mean().item() - self.mean
+        self.square_sum += (values - values.mean()).square().sum().item() + shift ** 2 * self.count * n / (self.count + n)
+        self.mean += shift * n / (self.count + n)
+        self.count += n
+
+    def standardise(self, scores: Tensor) -> Tensor:
+        return (scores - self.mean) / max((self.square_sum / max(self.count, 1)) ** 0.5, 1e-6)
+
+
+def final_scores(rollout: Rollout, config: PPOConfig, moments: RunningMoments) -> Tensor:
+    """Return (B,) float32: scores scaled, clipped, and changed where the response was cut off, in that order.
+
+    A response without EOS is no answer yet: "subtract" lowers its score (TRL), "override" replaces it (torchtune, the 2020
+    summarisation code); both before KL shaping.
+    """
+    scores = rollout.scores
+    if config.score_scale == "running":
+        moments.update(scores)
+        scores = moments.standardise(scores)
+    if config.score_clip:
+        scores = scores.clamp(-config.score_clip, config.score_clip)
+    match config.missing_eos:
+        case "subtract": return scores - config.eos_penalty * rollout.cut_off
+        case "override": return scores.masked_fill(rollout.cut_off, -config.eos_penalty)
+    return scores
+
+
+def assign_credit(rollout: Rollout, config: PPOConfig, kl_coef: float, ranks: int = 1,
+                  moments: RunningMoments | None = None) -> tuple[Rollout, dict[str, float]]:
+    """Turn scores and KL into rewards, advantages and returns (steps 3 to 5); also return the rollout's statistics.
+
+    ranks: how many ranks drew the episodes, equal shares in order (for whitening by rank).   moments: of earlier rollouts.
+    """
     mask = rollout.response_mask
-    scores = rollout.scores.clamp(-config.score_clip, config.score_clip) if config.score_clip else rollout.scores
-    scores = scores - config.eos_penalty * rollout.cut_off
     kl = kl_penalty(rollout.logprobs, rollout.ref_logprobs, config.kl_kind)
-    rewards = shape_rewards(scores, kl, mask, kl_coef)
+    rewards = shape_rewards(final_scores(rollout, config, moments or RunningMoments()), kl, mask, kl_coef if config.kl_in == "reward" else 0.0)
     raw, returns = gae(rewards, rollout.values, mask, config.gamma, config.gae_lambda)
-    advantages = whiten(raw, mask) if config.whiten_advantages else raw
+    parts = {"global": 1, "rank": ranks}.get(config.whiten_advantages)  # "rank": what TRL does, and why its results depend on the machine
+    advantages = torch.cat([whiten(*part) for part in zip(raw.tensor_split(parts), mask.tensor_split(parts))]) if parts else raw
     log_ratio = rollout.logprobs - rollout.ref_logprobs
     raw_mean = masked_mean(raw, mask)
     stats = {
@@ -359,15 +435,17 @@ def assign_credit(rollout: Rollout, config: PPOConfig, kl_coef: float) -> tuple[
         "explained_variance": explained_variance(rollout.values, returns, mask),
         "advantage_mean": raw_mean, "advantage_std": masked_mean((raw - raw_mean).square(), mask).sqrt(),
         "rollout_logprob_diff": (rollout.logprobs - rollout.sampler_logprobs).abs().where(mask, 0.0).max()}
-    return replace(rollout, rewards=rewards, advantages=advantages, returns=returns), {k: v.item() for k, v in stats.items()}
+    rollout = replace(rollout, rewards=rewards, advantages=advantages, returns=returns, weights=token_weights(mask, config.loss_average))
+    return rollout, {k: v.item() for k, v in stats.items()}
 
 
-def learn(rollout: Rollout, config: PPOConfig, update_actor: Callable[[Iterable[Rollout]], dict[str, float]],
+def learn(rollout: Rollout, config: PPOConfig, update_actor: Callable[[Iterable[Rollout]], dict[str, float]] | None,
           update_critic: Callable[[Iterable[Rollout]], dict[str, float]], seed: int,
           share: Callable[[Tensor, int], list[Tensor]] = lambda rows, size: list(rows.split(size))) -> list[dict[str, float]]:
     """Update actor and critic on the rollout, epochs x minibatches (step 6).
 
-    update_actor, update_critic: take one optimizer step on the micro-batches given and return its statistics.
+    update_actor, update_critic: take one optimizer step on the micro-batches given and return its statistics; no
+        update_actor: only the critic learns.
     share: cuts a minibatch's rows, (minibatch_size,) int64, into this rank's micro-batches of at most `size` rows.
     Returns: the statistics of every optimizer step, in order; the first has ratio 1 by construction.
     """
@@ -376,6 +454,6 @@ def learn(rollout: Rollout, config: PPOConfig, update_actor: Callable[[Iterable[
         order = torch.randperm(config.batch_size, generator=torch.Generator().manual_seed(seed * 1_000 + epoch))
         for minibatch in order.split(config.minibatch_size):
             batches = [rollout.rows(rows.to(rollout.tokens.device)) for rows in share(minibatch, config.microbatch_size)]
-            steps.append({**update_actor(batches), **update_critic(batches)})
+            steps.append({**(update_actor(batches) if update_actor else {}), **update_critic(batches)})
     assert len(steps) == config.epochs * config.batch_size // config.minibatch_size
     return steps

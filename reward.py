@@ -46,7 +46,6 @@ class RewardConfig:
     warmup: float = 0.05                # share of the steps over which the learning rate rises
     weight_decay: float = 0.1           # AdamW's, on matrices
     max_grad_norm: float = 1.0          # the gradient's global norm is clipped to it
-    calibrate: bool = True              # standardise scores to mean 0, standard deviation 1 on the SFT policy's samples
 
 
 class Batch(NamedTuple):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import json
 import os
 import platform
@@ -23,7 +24,7 @@ import time
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Callable, Iterable, Mapping, Sequence, get_args, get_origin, get_type_hints
+from typing import Any, Callable, Mapping, NamedTuple, Sequence, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -214,8 +215,9 @@ def check(config: Config) -> Config:
     if reward_shape(config) and not config.is_world:
         raise ValueError("--reward.dim and the like shape the embedded world's reward model; with --model give --reward.model=DIR")
     if not config.is_world:
-        needed = {"sft": ("sft.data", config.sft.data), "ppo": ("ppo.prompts", config.ppo.prompts)}
-        for stage, (flag, files) in needed.items():
+        needed = [("sft", "sft.data", config.sft.data), ("ppo", "ppo.prompts", config.ppo.prompts)]
+        needed += [("ppo", "sft.data", config.sft.data)] if config.ppo.ptx_coef else []
+        for stage, flag, files in needed:
             if stage in config.stages and not files:
                 raise ValueError(f"--model is given, so stage {stage} needs --{flag}=FILE")
     elif config.sft.data or config.reward.data or config.ppo.prompts or config.eval.prompts:
@@ -298,31 +300,39 @@ def lr_at(step: int, steps: int, peak: float, end: float, warmup: float) -> floa
     return peak * (1 - (1 - end) * (step - rise) / max(steps - rise, 1))
 
 
-def update(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterable[Any], loss: Callable, lr: float,
-           max_grad_norm: float, machine: Machine, norm_name: str = "grad_norm") -> dict[str, float]:
-    """Take one optimizer step on the mean loss over all ranks' micro-batches.
+class Term(NamedTuple):
+    """One term of an optimizer step's loss: weight * mean of `loss` over all its batches on all ranks."""
+    loss: Callable[[nn.Module, Any], tuple[Tensor, ppo.Stats]]  # (model, batch) -> sum over the batch's parts, and stats
+    batches: Sequence[Any]                                      # this rank's micro-batches; batch.count is the number of parts
+    weight: float = 1.0
 
-    loss(model, batch) returns the *sum* over the batch's terms and stats; batch.count is their number.
-    The sum is divided by the count of the whole step, over all micro-batches and ranks, so that how the
-    batch is cut up does not change the update. Returns the stats, averaged globally, and the gradient's norm as `norm_name`.
+
+def update(model: nn.Module, optimizer: torch.optim.Optimizer, terms: Sequence[Term], lr: float, max_grad_norm: float,
+           machine: Machine, norm_name: str = "grad_norm") -> dict[str, float]:
+    """Take one optimizer step on the sum of the terms.
+
+    Every loss is a *sum*, which is divided by the count of the whole step, over all micro-batches and ranks:
+    how the batch is cut up does not change the update. Returns the stats, averaged globally, and the gradient's
+    norm as `norm_name`.
     """
-    batches = list(batches)
-    count = parallel.all_sum(torch.stack([batch.count for batch in batches]).sum().float())
-    gathered_stats: list[ppo.Stats] = []
-    for batch in batches:
-        with machine.autocast():
-            loss_sum, stats = loss(model, batch)
-        (loss_sum * (machine.world / count.clamp(min=1))).backward()  # FSDP averages gradients: undo that
-        gathered_stats.append(stats)
-    means = [name for name, stat in gathered_stats[0].items() if isinstance(stat, tuple)]
-    sums = [torch.stack([torch.stack([part.float() for part in stats[name]]) for stats in gathered_stats]).sum(0) for name in means]
+    counts = parallel.all_sum(torch.stack([torch.stack([batch.count for batch in term.batches]).sum().float() for term in terms]))
+    gathered_stats: dict[str, list] = {}
+    for term, count in zip(terms, counts):
+        for batch in term.batches:
+            with machine.autocast():
+                loss_sum, stats = term.loss(model, batch)
+            (loss_sum * (term.weight * machine.world / count.clamp(min=1))).backward()  # FSDP averages gradients: undo that
+            for name, stat in stats.items():
+                gathered_stats.setdefault(name, []).append(stat)
+    means = [name for name, parts in gathered_stats.items() if isinstance(parts[0], tuple)]
+    sums = [torch.stack([torch.stack([x.float() for x in part]) for part in gathered_stats[name]]).sum(0) for name in means]
     sums = parallel.all_sum(torch.cat([parallel.grad_square_sum(model)[None], *sums]))
     norm = sums[0].sqrt()
     result = {name: (sums[1 + 2 * i] / sums[2 + 2 * i].clamp(min=1)).item() for i, name in enumerate(means)}
-    for name in gathered_stats[0].keys() - set(means):
-        result[name] = parallel.all_max(torch.stack([stats[name] for stats in gathered_stats]).amax()).item()
+    for name in gathered_stats.keys() - set(means):
+        result[name] = parallel.all_max(torch.stack(gathered_stats[name]).amax()).item()
     if not torch.isfinite(norm):
-        raise ValueError(f"the gradient is not finite (loss {result.get('loss')}): lower the learning rate; nothing was updated")
+        raise ValueError(f"the gradient is not finite ({result}): lower the learning rate; nothing was updated")
     for group in optimizer.param_groups:
         group["lr"] = lr
         for parameter in group["params"]:
@@ -347,7 +357,7 @@ def train_on(run: Run, name: str, model: nn.Module, examples: Sequence, make_bat
         rows = torch.tensor(data.batch_indices(len(examples), config.batch_size, step, run.config.seed))
         batches = [make_batch([examples[i] for i in part]) for part in run.machine.share(rows, config.microbatch_size)]
         lr = lr_at(step, steps, config.lr, config.lr_end, config.warmup)
-        stats = update(model, optimizer, batches, loss, lr, config.max_grad_norm, run.machine)
+        stats = update(model, optimizer, [Term(loss, batches)], lr, config.max_grad_norm, run.machine)
         tokens = parallel.all_sum(torch.tensor(float(sum(batch.attention_mask.sum() for batch in batches)))).item()
         stats["tokens_per_second"] = tokens / (time.perf_counter() - began)
         run.log(name, step + 1, **stats, lr=lr)
@@ -625,8 +635,6 @@ def answer(run: Run, model: nn.Module, prompts: Sequence[list[int]], temperature
 def calibration(run: Run, model: nn.Module, fallback: Sequence[data.TokenizedRanking]) -> tuple[float, float]:
     """Return mean and standard deviation of the scores of SFT samples on PPO's prompts; of ranked responses if there are no prompts."""
     config = run.config
-    if not config.reward.calibrate:
-        return 0.0, 1.0
     if config.is_world or config.ppo.prompts:
         prompts = training_prompts(run)[:512]
         responses = answer(run, load_model(run, run.needed("sft", "sft")), prompts, config.ppo.temperature, seed=config.seed * 10 + 2)
@@ -637,6 +645,12 @@ def calibration(run: Run, model: nn.Module, fallback: Sequence[data.TokenizedRan
     with parallel.gathered(model):
         scores = score_samples(run, model, prompts, responses)
     return reward.calibrate([score for part in parallel.gather_objects(scores) for score in part])
+
+
+def score_scale(run: Run) -> tuple[float, float]:
+    """Return the mean and standard deviation that make scores comparable between reward models; (0, 1) if not wanted."""
+    config = read_json(run.needed("reward", "reward") / "config.json")
+    return (0.0, 1.0) if run.config.ppo.score_scale == "none" else (config.get("score_mean", 0.0), config.get("score_std", 1.0))
 
 
 def run_reward(run: Run) -> None:
@@ -655,23 +669,43 @@ def run_reward(run: Run) -> None:
     run.say(f"reward   : orders {100 * accuracy['accuracy']:.1f} % of held-out pairs as the annotator")
 
 
+def ppo_models(run: Run, scale: tuple[float, float]) -> ppo.Models:
+    """Load actor, critic, reference and reward model; the last two are never trained."""
+    sft_path, reward_path = run.needed("sft", "sft"), run.needed("reward", "reward")
+    critic = load_model(run, reward_path if run.config.ppo.critic_init == "reward" else sft_path, ScalarModel)
+    if run.config.ppo.critic_init == "reward":
+        parallel.local_part(critic.score.weight).div_(scale[1])  # it starts in scaled units
+    return ppo.Models(load_model(run, sft_path), critic, load_model(run, sft_path).requires_grad_(False),
+                      load_model(run, reward_path, ScalarModel).requires_grad_(False))
+
+
+def ptx_term(run: Run, examples: Sequence[data.TokenizedDialogue], step: int) -> Term:
+    """Return PPO-ptx's extra term for optimizer step number `step`: the SFT loss on as many demonstrations as there are episodes."""
+    def loss(model: nn.Module, batch: sft.Batch) -> tuple[Tensor, ppo.Stats]:
+        total, stats = sft.loss(model, batch)
+        return total, {"ptx_loss": stats["loss"]}
+    config = run.config.ppo
+    rows = torch.tensor(data.batch_indices(len(examples), config.minibatch_size, step, run.config.seed))
+    parts = run.machine.share(rows, config.microbatch_size)
+    return Term(loss, [sft_batch(run, [examples[i] for i in part]) for part in parts], config.ptx_coef)
+
+
 def run_ppo(run: Run) -> None:
     """ICE-GRT."""
     config, machine = run.config.ppo, run.machine
-    reward_path, sft_path = run.needed("reward", "reward"), run.needed("sft", "sft")
-    reward_config = read_json(reward_path / "config.json")
-    scale = reward_config.get("score_mean", 0.0), reward_config.get("score_std", 1.0)
-    prompts = training_prompts(run)
-    models = ppo.Models(actor=load_model(run, sft_path), critic=load_model(run, reward_path, ScalarModel),
-                        ref=load_model(run, sft_path).requires_grad_(False), reward_model=load_model(run, reward_path, ScalarModel).requires_grad_(False))
-    parallel.local_part(models.critic.score.weight).div_(scale[1])  # the critic starts in calibrated units
+    if config.top_k or config.top_p < 1:
+        run.say("ppo: with top_k or top_p responses are drawn from another distribution than the one that is scored; ratios and KL are biased")
+    prompts, scale = training_prompts(run), score_scale(run)
+    demonstrations = sft_examples(run) if config.ptx_coef else []
+    models = ppo_models(run, scale)
     actor_optimizer, critic_optimizer = (parallel.adamw(model, config.weight_decay) for model in models[:2])
     trained = {"actor": (models.actor, actor_optimizer), "critic": (models.critic, critic_optimizer)}
     state = restore(run, "ppo", trained)
     controller = ppo.AdaptiveKLController(state.get("kl_coef", config.kl_coef), config.kl_target, config.kl_horizon)
-    start = state.get("step", 0)
-    bar = run.bar("ppo", config.iterations, start)
-    for iteration in range(start, config.iterations):
+    moments = ppo.RunningMoments(*state.get("moments", ()))
+    optimizer_steps = config.epochs * config.batch_size // config.minibatch_size
+    bar = run.bar("ppo", config.iterations, state.get("step", 0))
+    for iteration in range(state.get("step", 0), config.iterations):
         began = time.perf_counter()
         rows = data.batch_indices(len(prompts), config.batch_size, iteration, run.config.seed)
         mine = machine.slice(list(range(config.batch_size)))
@@ -679,24 +713,30 @@ def run_ppo(run: Run) -> None:
             rollout = ppo.collect(models, [prompts[rows[i]] for i in mine], [iteration * config.batch_size + i for i in mine], config,
                                   run.config.data.max_response_tokens, run.tokenizer.eos_id, scale, seed=run.config.seed * 10 + 3,
                                   gathered=parallel.gathered, gather=partial(gather_rollouts, machine))
-        rollout, stats = ppo.assign_credit(rollout, config, controller.kl_coef)
+        rollout, stats = ppo.assign_credit(rollout, config, controller.kl_coef, machine.world, moments)
         rolled = time.perf_counter()
         lr, critic_lr = (lr_at(iteration, config.iterations, peak, config.lr_end, config.warmup) for peak in (config.lr, config.critic_lr))
-        update_actor = partial(update, models.actor, actor_optimizer, loss=partial(ppo.actor_loss, config=config),
-                               lr=lr, max_grad_norm=config.max_grad_norm, machine=machine, norm_name="actor_grad_norm")
-        update_critic = partial(update, models.critic, critic_optimizer, loss=partial(ppo.critic_loss, config=config),
-                                lr=critic_lr, max_grad_norm=config.max_grad_norm, machine=machine, norm_name="critic_grad_norm")
-        steps = ppo.learn(rollout, config, update_actor, update_critic, seed=run.config.seed * 100_000 + iteration, share=machine.share)
-        stats.update(kl_coef=controller.kl_coef, lr=lr, critic_lr=critic_lr)
+        numbers = itertools.count(iteration * optimizer_steps)
+
+        def update_actor(batches: Sequence[ppo.Rollout]) -> dict[str, float]:
+            terms = [Term(partial(ppo.actor_loss, config=config, kl_coef=controller.kl_coef), batches)]
+            if demonstrations:
+                terms.append(ptx_term(run, demonstrations, next(numbers)))
+            return update(models.actor, actor_optimizer, terms, lr, config.max_grad_norm, machine, "actor_grad_norm")
+
+        def update_critic(batches: Sequence[ppo.Rollout]) -> dict[str, float]:
+            terms = [Term(partial(ppo.critic_loss, config=config), batches)]
+            return update(models.critic, critic_optimizer, terms, critic_lr, config.max_grad_norm, machine, "critic_grad_norm")
+
+        steps = ppo.learn(rollout, config, update_actor if iteration >= config.critic_warmup else None, update_critic,
+                          seed=run.config.seed * 100_000 + iteration, share=machine.share)
+        stats.update(summary(steps), kl_coef=controller.kl_coef, lr=lr, critic_lr=critic_lr,
+                     seconds_rollout=rolled - began, seconds_update=time.perf_counter() - rolled)
         if config.kl_target > 0:
             controller.update(stats["kl"], config.batch_size)
-        stats.update(summary(steps), seconds_rollout=rolled - began, seconds_update=time.perf_counter() - rolled)
-        run.log("ppo", iteration + 1, **stats, tokens_per_second=rollout.attention_mask.sum().item() / (time.perf_counter() - began))
-        show_episodes(run, iteration + 1, rollout)
-        bar.set_postfix({"score": f"{stats['score_mean']:.2f}", "kl": f"{stats['kl']:.2f}", "length": f"{stats['response_length']:.1f}"}, refresh=False)
-        bar.update()
-        every = max(1, run.config.checkpoint_every // len(steps)) if run.config.checkpoint_every else 0
-        keep(run, "ppo", iteration + 1, config.iterations, every, trained, {"kl_coef": controller.kl_coef})
+        show_iteration(run, iteration + 1, rollout, stats, bar)
+        every = max(1, run.config.checkpoint_every // optimizer_steps) if run.config.checkpoint_every else 0
+        keep(run, "ppo", iteration + 1, config.iterations, every, trained, {"kl_coef": controller.kl_coef, "moments": list(vars(moments).values())})
     bar.close()
     save_model(run, models.actor, "ppo")
 
@@ -708,12 +748,13 @@ def gather_rollouts(machine: Machine, rollout: ppo.Rollout) -> list[ppo.Rollout]
 
 def summary(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Average the statistics of an iteration's optimizer steps; of the largest ratio take the largest."""
-    result = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
-    return {**result, "ratio_max": max(step["ratio_max"] for step in steps)}
+    return {name: (max if name == "ratio_max" else evaluation.mean)([step[name] for step in steps]) for name in steps[0]}
 
 
-def show_episodes(run: Run, step: int, rollout: ppo.Rollout, n: int = 2) -> None:
-    """Append the first episodes of a rollout to samples.jsonl."""
+def show_iteration(run: Run, step: int, rollout: ppo.Rollout, stats: Mapping[str, float], bar: tqdm, n: int = 2) -> None:
+    """Log an iteration's numbers, append its first episodes to samples.jsonl, move the bar."""
+    tokens = rollout.attention_mask.sum().item()
+    run.log("ppo", step, **stats, tokens_per_second=tokens / (stats["seconds_rollout"] + stats["seconds_update"]))
     if run.machine.is_main:
         with open(run.out / "samples.jsonl", "a", encoding="utf-8") as file:
             for b in range(min(n, len(rollout.scores))):
@@ -721,6 +762,8 @@ def show_episodes(run: Run, step: int, rollout: ppo.Rollout, n: int = 2) -> None
                 prompt = run.tokenizer.decode(rollout.tokens[b][rollout.attention_mask[b] & ~mask].tolist())
                 file.write(json.dumps({"stage": "ppo", "step": step, "prompt": prompt, "response": run.tokenizer.decode(rollout.tokens[b][mask].tolist()),
                                        "score": rollout.scores[b].item(), "cut_off": rollout.cut_off[b].item()}, ensure_ascii=False) + "\n")
+    bar.set_postfix({"score": f"{stats['score_mean']:.2f}", "kl": f"{stats['kl']:.2f}", "length": f"{stats['response_length']:.1f}"}, refresh=False)
+    bar.update()
 
 
 def run_eval(run: Run) -> None:
@@ -780,11 +823,11 @@ class Shown:
 
 def reward_scores(run: Run, prompts: Sequence[list[int]], mine: Sequence[list[int]], reward_path: Path) -> list[float]:
     """Return the calibrated scores of all ranks' responses."""
-    config = read_json(reward_path / "config.json")
+    mean, std = score_scale(run)
     model = load_model(run, reward_path, ScalarModel)
     with parallel.gathered(model):
         raw = score_samples(run, model, run.machine.slice(list(prompts)), mine)
-    return [(score - config.get("score_mean", 0.0)) / config.get("score_std", 1.0) for part in parallel.gather_objects(raw) for score in part]
+    return [(score - mean) / std for part in parallel.gather_objects(raw) for score in part]
 
 
 # ---------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import ppo
 import reward
 import sft
 from model import ModelConfig, ScalarModel, Transformer, write_safetensors
-from train import gather_rollouts, update
+from train import Term, gather_rollouts, update
 
 CONFIG = ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=61, ffn_dim=64, max_seq_len=64)
 EOS = 12
@@ -52,16 +52,16 @@ def main(out: Path, size: int) -> None:
                                       ("reward", ScalarModel, reward_batches(machine, size), reward.loss)):
         model = parallel.build(kind, CONFIG, 0, machine)
         optimizer = parallel.adamw(model, 0.1)
-        numbers[name] = [update(model, optimizer, batches, loss, 1e-3, 0.5, machine) for _ in range(2)]
+        numbers[name] = [update(model, optimizer, [Term(loss, batches)], 1e-3, 0.5, machine) for _ in range(2)]
         results[name] = parallel.full_weights(model)
         if name == "sft":
             parallel.save_checkpoint(out / "checkpoints" / "1", {"model": (model, optimizer)}, {"kl_coef": 0.3}, machine)
-            numbers["after"] = update(model, optimizer, batches, loss, 1e-3, 0.5, machine)
+            numbers["after"] = update(model, optimizer, [Term(loss, batches)], 1e-3, 0.5, machine)
             fresh = parallel.build(kind, CONFIG, 5, machine)
             fresh_optimizer = parallel.adamw(fresh, 0.1)
             state = parallel.load_checkpoint(out / "checkpoints" / "1", {"model": (fresh, fresh_optimizer)})
             assert state["kl_coef"] == 0.3
-            assert update(fresh, fresh_optimizer, batches, loss, 1e-3, 0.5, machine) == numbers["after"]
+            assert update(fresh, fresh_optimizer, [Term(loss, batches)], 1e-3, 0.5, machine) == numbers["after"]
             resumed, straight = parallel.full_weights(fresh), parallel.full_weights(model)
             assert all(torch.equal(resumed[k], straight[k]) for k in straight)
 
@@ -74,8 +74,8 @@ def main(out: Path, size: int) -> None:
     rollout = ppo.collect(models, [prompts[i] for i in mine], mine, config, 10, EOS, (0.0, 1.0), seed=0,
                           gathered=parallel.gathered, gather=partial(gather_rollouts, machine))
     rollout, stats = ppo.assign_credit(rollout, config, 0.1)
-    updates = [partial(update, model, optimizer, loss=partial(loss, config=config), lr=1e-3, max_grad_norm=1.0, machine=machine)
-               for model, optimizer, loss in zip(models, optimizers, (ppo.actor_loss, ppo.critic_loss))]
+    losses = partial(ppo.actor_loss, config=config, kl_coef=0.1), partial(ppo.critic_loss, config=config)
+    updates = [lambda batches, i=i: update(models[i], optimizers[i], [Term(losses[i], batches)], 1e-3, 1.0, machine) for i in (0, 1)]
     numbers["ppo"] = [stats, *ppo.learn(rollout, config, *updates, seed=0, share=machine.share)]
     results["actor"], results["critic"] = (parallel.full_weights(model) for model in models[:2])
     if machine.is_main:

@@ -12,7 +12,7 @@ import reward
 import sft
 from model import ScalarModel, Transformer, generate, token_logprobs
 from ppo import Models, PPOConfig
-from train import update
+from train import Term, update
 
 MACHINE = parallel.Machine(rank=0, world=1, device=torch.device("cpu"), dtype=torch.float32)
 EOS = 2
@@ -20,7 +20,8 @@ EOS = 2
 
 def step(model: nn.Module, loss, lr: float = 3e-3):
     """Return a function that takes one optimizer step of `model` on some batches."""
-    return partial(update, model, parallel.adamw(model, 0.0), loss=loss, lr=lr, max_grad_norm=1.0, machine=MACHINE)
+    optimizer = parallel.adamw(model, 0.0)
+    return lambda batches: update(model, optimizer, [Term(loss, batches)], lr, 1.0, MACHINE)
 
 
 def dialogues() -> tuple[list[list[int]], list[list[int]]]:
@@ -84,7 +85,7 @@ def test_ppo_learns_what_is_rewarded_and_the_critic_what_comes(actor, critic, co
     ref = Transformer(config)
     ref.load_state_dict(actor.state_dict())
     models = Models(actor, critic, ref, Taste())
-    take = [step(actor, partial(ppo.actor_loss, config=settings), 1e-3), step(critic, partial(ppo.critic_loss, config=settings), 1e-3)]
+    take = [step(actor, partial(ppo.actor_loss, config=settings, kl_coef=kl_coef), 1e-3), step(critic, partial(ppo.critic_loss, config=settings), 1e-3)]
     prompts, seen = dialogues()[0] * 16, []
     for iteration in range(12):
         rows = [iteration * 64 + i for i in range(64)]

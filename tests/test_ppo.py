@@ -178,7 +178,7 @@ def test_credit(actor, critic):
     torch.testing.assert_close(rollout.rewards.sum(1), totals, atol=1e-5, rtol=0)
     assert rollout.advantages[mask].mean().item() == pytest.approx(0, abs=1e-6)
     assert stats["response_length"] == pytest.approx(mask.sum().item() / 6)
-    raw, _ = ppo.assign_credit(rollout, replace(CONFIG, whiten_advantages=False), kl_coef=0.1)
+    raw, _ = ppo.assign_credit(rollout, replace(CONFIG, whiten_advantages="off"), kl_coef=0.1)
     torch.testing.assert_close(raw.returns, raw.advantages + rollout.values * mask)
     clipped, _ = ppo.assign_credit(rollout, replace(CONFIG, score_clip=0.01, eos_penalty=0.0), kl_coef=0.1)
     assert clipped.rewards.sum(1).abs().max() <= 0.01 + 1e-5
@@ -216,7 +216,7 @@ def sgd(model, loss, lr):
 def learn(actor, critic, lr: float, **changes):
     config = replace(CONFIG, **changes)
     rollout, _ = ppo.assign_credit(rollout_of(actor, critic, **changes), config, kl_coef=0.1)
-    return ppo.learn(rollout, config, sgd(actor, lambda m, b: ppo.actor_loss(m, b, config), lr),
+    return ppo.learn(rollout, config, sgd(actor, lambda m, b: ppo.actor_loss(m, b, config, kl_coef=0.1), lr),
                      sgd(critic, lambda m, b: ppo.critic_loss(m, b, config), lr), seed=0)
 
 

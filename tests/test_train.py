@@ -125,8 +125,8 @@ def test_help_explains_every_flag():
 
 
 def test_values_are_read_by_type():
-    config = train.parse_args(["--ppo.kl_coef=0.5", "--seed=7", "--reward.temperatures=0.5,1", "--ppo.whiten_advantages=False", "--stages=ppo,eval"])
-    assert (config.ppo.kl_coef, config.seed, config.reward.temperatures, config.ppo.whiten_advantages) == (0.5, 7, (0.5, 1.0), False)
+    config = train.parse_args(["--ppo.kl_coef=0.5", "--seed=7", "--reward.temperatures=0.5,1", "--data.skip_bad=True", "--stages=ppo,eval"])
+    assert (config.ppo.kl_coef, config.seed, config.reward.temperatures, config.data.skip_bad) == (0.5, 7, (0.5, 1.0), True)
     assert config.stages == ("ppo", "eval")
     assert train.unflatten(train.flatten(config)) == config
 
@@ -134,7 +134,7 @@ def test_values_are_read_by_type():
 @pytest.mark.parametrize("flags,message", [
     (["--ppo.kl_cof=1"], "unknown flag --ppo.kl_cof"), (["--kl_coef=1"], "did you mean --ppo.kl_coef"), (["ppo.kl_coef=1"], "flags are written"),
     (["--ppo.kl_coef", "1"], "flags are written"), (["--ppo.kl_coef=high"], "expected float"), (["--seed=1.5"], "expected int"),
-    (["--ppo.whiten_advantages=1"], "expected true or false"), (["--ppo.kl_kind=k9"], "use k1, k2, k3 or abs"), (["--stages=sft,ppo"], "contiguous"),
+    (["--data.skip_bad=1"], "expected true or false"), (["--ppo.kl_in=loss"], "use k2"), (["--ppo.whiten_advantages=local"], "use global, rank or off"), (["--ppo.kl_kind=k9"], "use k1, k2, k3 or abs"), (["--stages=sft,ppo"], "contiguous"),
     (["--stages=train"], "contiguous"), (["--ppo.minibatch_size=48"], "must be a multiple"), (["--ppo.temperature=0"], "above 0"),
     (["--resume"], "--resume needs --out"), (["--dtype=half"], "use auto, float32 or bfloat16"), (["--reward.temperatures=1"], "at least two"),
     (["--config=none.json"], "none.json"), (["--base=none"], "--base=none: not the folder of a run"), (["--model=no/such", "--sft.data=x"], "no/such"), (["--sft.data=x.json"], "give --model=DIR"),
