@@ -65,7 +65,7 @@ class PPOConfig:
     top_p: float = 1.0                  # 1: off; likewise
     kl_coef: float = 0.3                # KL penalty per token, in reward units per nat
     kl_kind: str = "k1"                 # k1 | k2 | k3 | abs: estimator of the per-token KL
-    kl_in: str = "reward"               # reward | loss: where the penalty acts; in the loss with k2 and whitening off, else kl_coef means another thing
+    kl_in: str = "reward"               # reward | loss: where the penalty acts; in the loss use k2, and no whitening, which would change kl_coef's unit
     kl_target: float = 0.0              # nats per response; above 0 kl_coef adapts to hold it
     kl_horizon: int = 10_000            # episodes over which the adaptive controller acts
     gamma: float = 1.0                  # discount per token
