@@ -425,7 +425,7 @@ def assign_credit(rollout: Rollout, config: PPOConfig, kl_coef: float, ranks: in
     raw, returns = gae(rewards, rollout.values, mask, config.gamma, config.gae_lambda)
     parts = {"global": 1, "rank": ranks}.get(config.whiten_advantages)  # "rank": what TRL does, and why its results depend on the machine
     advantages = torch.cat([whiten(*part) for part in zip(raw.tensor_split(parts), mask.tensor_split(parts))]) if parts else raw
-    log_ratio = rollout.logprobs - rollout.ref_logprobs
+    log_ratio = (rollout.logprobs - rollout.ref_logprobs).where(mask, 0.0)
     raw_mean = masked_mean(raw, mask)
     stats = {
         "score_mean": rollout.scores.mean(), "score_std": rollout.scores.std(correction=0),

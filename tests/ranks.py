@@ -1,5 +1,5 @@
 """What test_parallel.py runs under one, two and four processes: an optimizer step of each stage, a whole PPO
-iteration, a checkpoint. Writes what came out to the folder given."""
+iteration, a checkpoint. `ranks.py FOLDER SIZE...` writes what came out to FOLDER/SIZE for each micro-batch size."""
 import json
 import sys
 from dataclasses import replace
@@ -43,9 +43,8 @@ def reward_batches(machine: parallel.Machine, size: int) -> list[reward.Batch]:
     return [reward.Batch(*data.pad([rows[3 * i + g] for i in part for g in range(3)]), ranks[part]) for part in machine.share(torch.arange(8), size)]
 
 
-def main(out: Path, size: int) -> None:
-    torch.set_num_threads(1)
-    machine = parallel.start("float32")
+def steps(out: Path, size: int, machine: parallel.Machine) -> None:
+    """Take the steps with micro-batches of `size` rows, and write weights and numbers to `out`."""
     results: dict[str, dict[str, torch.Tensor]] = {}
     numbers = {}
     for name, kind, batches, loss in (("sft", Transformer, sft_batches(machine, size), sft.loss),
@@ -79,12 +78,15 @@ def main(out: Path, size: int) -> None:
     numbers["ppo"] = [stats, *ppo.learn(rollout, config, *updates, seed=0, share=machine.share)]
     results["actor"], results["critic"] = (parallel.full_weights(model) for model in models[:2])
     if machine.is_main:
-        out.mkdir(exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
         weights = {f"{name}.{key}": tensor for name, tensors in results.items() for key, tensor in tensors.items()}
         write_safetensors(out / "weights.safetensors", {**weights, "tokens": rollout.tokens})
         (out / "numbers.json").write_text(json.dumps(numbers))
-    parallel.stop()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    torch.set_num_threads(1)
+    MACHINE = parallel.start("float32")
+    for text in sys.argv[2:]:
+        steps(Path(sys.argv[1], text), int(text), MACHINE)
+    parallel.stop()

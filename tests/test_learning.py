@@ -39,6 +39,7 @@ def sft_batch() -> sft.Batch:
                      data.pad_masks([[False] * len(p) + [True] * len(r) for p, r in zip(prompts, responses)]))
 
 
+@pytest.mark.line(21)
 def test_sft_loss_against_a_loop(actor):
     """Float64, one dialogue at a time: response tokens and EOS count, prompt tokens do not."""
     total, stats = sft.loss(actor, sft_batch())

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from model import (ScalarModel, Transformer, choose, filter_logits, generate, init_weights, last_scores,
-                   load_pretrained, read_safetensors, save_pretrained, token_logprobs, token_logprobs_and_entropy, token_values,
+from model import (RMSNorm, ScalarModel, Transformer, choose, filter_logits, generate, init_weights, last_scores,
+                   load_pretrained, read_safetensors, rope_table, rotate, save_pretrained, token_logprobs, token_logprobs_and_entropy, token_values,
                    write_safetensors)
 
 PROMPTS = [[1, 5, 9], [1], [1, 7, 7, 7, 30, 2, 8]]
@@ -21,6 +21,7 @@ def ragged(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens, mask
 
 
+@pytest.mark.line(22)
 @pytest.mark.parametrize("changes", [{}, {"n_kv_heads": 1}, {"n_kv_heads": 4}, {"rope_theta": 500.0}, {"tie_embeddings": True},
                                      {"vocab_size": 67, "norm_eps": 1e-3}])
 def test_logits_equal_transformers(config, changes):
@@ -38,6 +39,7 @@ def test_logits_equal_transformers(config, changes):
     torch.testing.assert_close(model(tokens), theirs(tokens).logits, atol=1e-4, rtol=0)
 
 
+@pytest.mark.line(22)
 def test_attention_against_plain_loops(config):
     """One layer recomputed in float64, token by token, head by head."""
     config = replace(config, n_layers=1)
@@ -71,6 +73,21 @@ def test_attention_against_plain_loops(config):
         torch.testing.assert_close(model(tokens[None])[0, t].double(), logits, atol=1e-5, rtol=0)
 
 
+@pytest.mark.line(22)
+def test_rotation_is_metas_with_the_rows_of_q_and_k_reordered(config):
+    """Meta turns neighbouring pairs as complex numbers; the Hugging Face layout, ours, holds real parts before imaginary ones."""
+    heads, size, time = config.n_heads, config.dim // config.n_heads, 9
+    g = torch.Generator().manual_seed(0)
+    meta_weight, x = torch.randn(heads * size, config.dim, generator=g), torch.randn(time, config.dim, generator=g)
+    rows = [head * size + 2 * i + part for head in range(heads) for part in (0, 1) for i in range(size // 2)]
+    ours = rotate((x @ meta_weight[rows].T).view(1, time, heads, size), rope_table(torch.arange(time)[None], config))
+    pairs = torch.view_as_complex((x @ meta_weight.T).view(time, heads, size // 2, 2).double())
+    angles = torch.arange(time)[:, None] * config.rope_theta ** (-2 * torch.arange(size // 2).double() / size)
+    theirs = torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)[:, None]).flatten(2)
+    torch.testing.assert_close(ours[0].flatten(1).double(), theirs.flatten(1)[:, rows], atol=1e-5, rtol=0)
+
+
+@pytest.mark.line(6, 21)
 def test_padding_never_matters(actor, critic):
     tokens, mask = ragged()
     logits, scalars = actor(tokens, mask), critic(tokens, mask)
@@ -83,6 +100,7 @@ def test_padding_never_matters(actor, critic):
     assert logits[~mask].abs().max() == 0 and scalars[~mask].abs().max() == 0
 
 
+@pytest.mark.line(1, 12)
 def test_token_logprobs_are_shifted_once(actor):
     tokens, mask = ragged()
     response = mask & (mask.cumsum(1) > 3)
@@ -100,11 +118,30 @@ def test_token_logprobs_are_shifted_once(actor):
     assert logprobs[~response].abs().max() == 0
 
 
+@pytest.mark.line(15)
+def test_logits_become_float32_before_the_softmax():
+    """A log-softmax in bfloat16 would be off by up to 0.03 at -10 nats."""
+    logits = (torch.randn(2, 5, 61, generator=torch.Generator().manual_seed(0)) * 5).bfloat16()
+    tokens = torch.randint(0, 61, (2, 5), generator=torch.Generator().manual_seed(1))
+    logprobs = token_logprobs(logits, tokens)
+    expected = logits.double().log_softmax(-1)[:, :-1].gather(2, tokens[:, 1:, None])[..., 0]
+    assert logprobs.dtype == torch.float32
+    torch.testing.assert_close(logprobs[:, 1:].double(), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.line(15, 22)
+def test_norm_is_computed_in_float32():
+    norm, x = RMSNorm(64, 1e-5), (torch.randn(8, 64, generator=torch.Generator().manual_seed(0)) * 30).bfloat16()
+    exact = (x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt()).bfloat16()
+    assert torch.equal(norm.bfloat16()(x), exact)
+
+
 def test_first_token_cannot_be_scored(actor):
     with pytest.raises(ValueError, match="no predecessor"):
         token_logprobs(actor, torch.tensor([[1, 2]]), None, torch.tensor([[True, True]]))
 
 
+@pytest.mark.line(1)
 def test_values_belong_to_the_state_before_the_token(critic):
     tokens, mask = ragged()
     response = mask & (mask.cumsum(1) > 3)
@@ -116,6 +153,7 @@ def test_values_belong_to_the_state_before_the_token(critic):
             assert values[b, t].item() == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.line(4)
 def test_score_is_read_at_the_last_real_token(critic):
     tokens, mask = ragged()
     scores = last_scores(critic, tokens, mask)
@@ -123,6 +161,7 @@ def test_score_is_read_at_the_last_real_token(critic):
         assert scores[b].item() == pytest.approx(critic(tokens[b][mask[b]][None])[0, -1].item(), abs=1e-5)
 
 
+@pytest.mark.line(23)
 def test_cached_greedy_equals_full_forward_greedy(actor):
     out = generate(actor, PROMPTS, 12, temperature=0.0)
     for prompt, new in zip(PROMPTS, out.tokens):
@@ -132,6 +171,7 @@ def test_cached_greedy_equals_full_forward_greedy(actor):
             row.append(token)
 
 
+@pytest.mark.line(23)
 def test_sampling_does_not_depend_on_the_batch(actor):
     together = generate(actor, PROMPTS, 20, seed=7, eos_id=5, rows=[4, 9, 2])
     alone = [generate(actor, [p], 20, seed=7, eos_id=5, rows=[row]) for p, row in zip(PROMPTS, (4, 9, 2))]
@@ -141,6 +181,7 @@ def test_sampling_does_not_depend_on_the_batch(actor):
     assert len({len(row) for row in together.tokens}) > 1, "rows should end at different lengths, or compaction is not tested"
 
 
+@pytest.mark.line(12)
 def test_sampler_logprobs_are_the_models(actor):
     out = generate(actor, PROMPTS, 15, temperature=1.3, top_k=20, seed=3)
     for prompt, new, logprobs in zip(PROMPTS, *out):
@@ -148,6 +189,7 @@ def test_sampler_logprobs_are_the_models(actor):
         torch.testing.assert_close(torch.tensor(logprobs), expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.line(2)
 def test_generation_ends_with_eos_included(actor):
     out = generate(actor, PROMPTS * 10, 30, seed=1, eos_id=5)
     ended = [row for row in out.tokens if 5 in row]
@@ -189,6 +231,7 @@ def test_impossible_shapes(config, bad):
         replace(config, **bad)
 
 
+@pytest.mark.line(22)
 def test_save_and_load(actor, critic, config, tmp_path):
     tokens = ragged()[0]
     save_pretrained(actor, tmp_path / "actor")

@@ -1,4 +1,5 @@
 """PPO's mathematics against float64 per-sample loops, and its conventions."""
+import copy
 import math
 from dataclasses import replace
 
@@ -7,7 +8,8 @@ import torch
 
 import ppo
 from model import token_logprobs, token_values
-from ppo import AdaptiveKLController, Models, PPOConfig, Rollout, gae, kl_penalty, masked_mean, policy_loss, shape_rewards, value_loss, whiten
+from ppo import (AdaptiveKLController, Models, PPOConfig, Rollout, RunningMoments, final_scores, gae, kl_penalty, masked_mean, policy_loss,
+                 shape_rewards, value_loss, whiten)
 
 CONFIG = PPOConfig(batch_size=6, minibatch_size=3, microbatch_size=2, epochs=2)
 EOS = 12  # one prompt holds it: only sampled ones may end an episode
@@ -26,6 +28,7 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.line(5)
 def test_gae_against_the_definition():
     """A_t = sum over l of (gamma lambda)^l delta_{t+l}, in float64, one row at a time, no padding."""
     mask, gamma, lam = grid(), 0.9, 0.8
@@ -40,6 +43,7 @@ def test_gae_against_the_definition():
     assert advantages[~mask].abs().max() == 0 and returns[~mask].abs().max() == 0
 
 
+@pytest.mark.line(5)
 def test_gae_by_hand():
     mask = torch.tensor([[False, True, True]])
     advantages, returns = gae(torch.tensor([[0.0, 0.0, 1.0]]), torch.tensor([[0.0, 0.5, 0.25]]), mask, 1.0, 0.5)
@@ -47,6 +51,7 @@ def test_gae_by_hand():
     assert returns.tolist() == [[0.0, 0.625, 1.0]]
 
 
+@pytest.mark.line(3)
 def test_rewards_land_on_the_last_response_token():
     mask = grid()
     rewards = shape_rewards(torch.tensor([1.0, 2.0, 3.0]), torch.ones(3, 9), mask, kl_coef=0.1)
@@ -55,6 +60,7 @@ def test_rewards_land_on_the_last_response_token():
     assert rewards[2].tolist() == pytest.approx([0, -0.1, -0.1, -0.1, -0.1, -0.1, 2.9, 0, 0])
 
 
+@pytest.mark.line(8)
 def test_kl_estimators():
     p, q = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.2, 0.6])
     exact = (p * (p / q).log()).sum()
@@ -68,6 +74,30 @@ def test_kl_estimators():
         kl_penalty(lp, lq, "k4")
 
 
+@pytest.mark.line(8)
+def test_nothing_is_clamped():
+    """Log-ratios of any size go through every estimator, and a negative k1 is paid out as what it is."""
+    logprobs, ref = torch.tensor([[-60.0, -1.0]]), torch.tensor([[-1.0, -60.0]])
+    assert kl_penalty(logprobs, ref, "k1").tolist() == [[-59.0, 59.0]] and kl_penalty(logprobs, ref, "abs").tolist() == [[59.0, 59.0]]
+    assert kl_penalty(logprobs, ref, "k2").tolist() == [[59.0 ** 2 / 2] * 2]
+    assert kl_penalty(logprobs, ref, "k3")[0].tolist() == pytest.approx([math.exp(59) - 60, 58.0])
+    rewards = shape_rewards(torch.tensor([100.0]), kl_penalty(logprobs, ref, "k1"), torch.tensor([[True, True]]), kl_coef=2.0)
+    assert rewards.tolist() == [[118.0, -18.0]]
+
+
+@pytest.mark.line(9)
+def test_gradient_of_the_penalty_as_a_loss():
+    """Summed over all tokens, k2's gradient on the policy's own samples is that of KL(pi || ref); k1's is zero, k3's another one."""
+    theta, ref = noise(7).double().requires_grad_(), noise(7, seed=1).double().log_softmax(0)
+    log_pi = theta.log_softmax(0)
+    exact, = torch.autograd.grad((log_pi.exp() * (log_pi - ref)).sum(), theta, retain_graph=True)
+    expected = {kind: torch.autograd.grad((log_pi.exp().detach() * kl_penalty(log_pi, ref, kind)).sum(), theta, retain_graph=True)[0]
+                for kind in ("k1", "k2", "k3")}
+    torch.testing.assert_close(expected["k2"], exact)
+    assert expected["k1"].abs().max() < 1e-12 and (expected["k3"] - exact).abs().max() > 0.1
+
+
+@pytest.mark.line(11)
 def test_whitening():
     mask, x = grid(), noise(3, 9) * 4 + 7
     valid = x[mask].double()
@@ -82,6 +112,7 @@ def test_whitening():
     assert torch.equal(whiten(x, one), torch.zeros(3, 9))
 
 
+@pytest.mark.line(11)
 def test_whitening_over_parts_is_global():
     mask, x = grid(), noise(3, 9)
     parts = [(x[:1], mask[:1]), (x[1:], mask[1:])]
@@ -99,6 +130,7 @@ def test_masked_mean_of_nothing():
     assert masked_mean(torch.full((2, 2), torch.nan), torch.zeros(2, 2, dtype=torch.bool)).item() == 0.0
 
 
+@pytest.mark.line(16)
 def test_policy_loss_against_loops():
     mask, c = grid(), 0.2
     old, new, adv = noise(3, 9) * 0.3, noise(3, 9, seed=1) * 0.3, noise(3, 9, seed=2)
@@ -118,6 +150,7 @@ def test_policy_loss_against_loops():
     assert stats["ratio_max"].item() == pytest.approx(max(ratios), abs=1e-5)
 
 
+@pytest.mark.line(16)
 def test_clipped_tokens_have_no_gradient_and_padding_none():
     mask = torch.tensor([[True, True, True, False]])
     new = torch.tensor([[0.5, -0.5, 0.5, 0.5]], requires_grad=True)
@@ -126,6 +159,7 @@ def test_clipped_tokens_have_no_gradient_and_padding_none():
     assert new.grad.tolist()[0] == pytest.approx([0.0, -ratio[1], ratio[0], 0.0])
 
 
+@pytest.mark.line(16)
 def test_value_loss_against_loops():
     mask, c = grid(), 0.2
     v, old, target = noise(3, 9), noise(3, 9, seed=1), noise(3, 9, seed=2)
@@ -139,6 +173,7 @@ def test_value_loss_against_loops():
     assert value_loss(v, old, target, mask, 0)[0].item() == pytest.approx((0.5 * (v - target)[mask] ** 2).sum().item(), rel=1e-5)
 
 
+@pytest.mark.line(10)
 def test_adaptive_controller():
     controller = AdaptiveKLController(0.1, target=6.0, horizon=10_000)
     controller.update(12.0, 256)
@@ -147,12 +182,53 @@ def test_adaptive_controller():
     assert controller.kl_coef == pytest.approx(0.1 * (1 + 0.2 * 256 / 10_000) * (1 - 0.05 * 256 / 10_000))
 
 
-def rollout_of(actor, critic, config: PPOConfig = CONFIG, **changes) -> Rollout:
-    import copy
+def rollout_of(actor, critic) -> Rollout:
     models = Models(actor, critic, copy.deepcopy(actor), copy.deepcopy(critic))
-    return ppo.collect(models, PROMPTS, list(range(6)), replace(config, **changes), max_new_tokens=8, eos_id=EOS, calibration=(0.5, 2.0), seed=3)
+    return ppo.collect(models, PROMPTS, list(range(6)), CONFIG, max_new_tokens=8, eos_id=EOS, calibration=(0.5, 2.0), seed=3)
 
 
+@pytest.mark.line(2)
+def test_masks_come_from_lengths():
+    """Token 0, which pads, and EOS may stand anywhere in a prompt; a response may be its EOS alone."""
+    tokens, attention, response, logprobs = ppo.pad_responses([[1, EOS, 0], [0, 5]], [[EOS], [0, 7, 0, EOS]], [[-0.5], [-1.0, -2.0, -3.0, -4.0]],
+                                                              torch.device("cpu"))
+    assert tokens.tolist() == [[1, EOS, 0, EOS, 0, 0], [0, 5, 0, 7, 0, EOS]]
+    assert attention.int().tolist() == [[1, 1, 1, 1, 0, 0], [1] * 6]
+    assert response.int().tolist() == [[0, 0, 0, 1, 0, 0], [0, 0, 1, 1, 1, 1]]
+    assert logprobs.tolist() == [[0, 0, 0, -0.5, 0, 0], [0, 0, -1, -2, -3, -4]]
+
+
+@pytest.mark.line(7)
+def test_penalty_for_answers_cut_off():
+    """Scores .5 and 3, the second cut off; clip, then penalty: by hand."""
+    cut_off, scores = torch.tensor([False, True]), torch.tensor([0.5, 3.0])
+    rollout = Rollout(*[torch.zeros(2, 1)] * 6, scores=scores, cut_off=cut_off, sampler_logprobs=torch.zeros(2, 1))
+
+    def final(**switches):
+        return final_scores(rollout, replace(CONFIG, eos_penalty=0.75, **switches), RunningMoments()).tolist()
+    assert final(missing_eos="subtract") == [0.5, 2.25] and final(missing_eos="override") == [0.5, -0.75] and final(missing_eos="off") == [0.5, 3.0]
+    assert final(missing_eos="subtract", score_clip=1.0) == [0.5, 0.25], "the penalty is not clipped away"
+
+
+def test_running_moments_are_those_of_all_scores_so_far():
+    moments, batches = RunningMoments(), [noise(5) * 3 + 2, noise(1, seed=1), noise(20, seed=2) - 1]
+    for batch in batches:
+        moments.update(batch)
+    scores = torch.cat(batches).double()
+    assert (moments.count, moments.mean) == (26, pytest.approx(scores.mean().item(), abs=1e-7))
+    torch.testing.assert_close(moments.standardise(scores), (scores - scores.mean()) / scores.std(correction=0))
+
+
+@pytest.mark.line(14)
+def test_a_sampler_that_disagrees_is_seen(actor, critic):
+    rollout = rollout_of(actor, critic)
+    assert ppo.assign_credit(rollout, CONFIG, 0.1)[1]["rollout_logprob_diff"] < 1e-4
+    b, t = rollout.response_mask.nonzero()[3].tolist()
+    rollout.sampler_logprobs[b, t] += 0.25
+    assert ppo.assign_credit(rollout, CONFIG, 0.1)[1]["rollout_logprob_diff"] == pytest.approx(0.25, abs=1e-4)
+
+
+@pytest.mark.line(1, 2, 3, 4, 14)
 def test_rollout_against_one_row_at_a_time(actor, critic):
     rollout = rollout_of(actor, critic)
     assert rollout.cut_off.any() and not rollout.cut_off.all(), "the test needs both kinds of endings"
@@ -178,10 +254,6 @@ def test_credit(actor, critic):
     torch.testing.assert_close(rollout.rewards.sum(1), totals, atol=1e-5, rtol=0)
     assert rollout.advantages[mask].mean().item() == pytest.approx(0, abs=1e-6)
     assert stats["response_length"] == pytest.approx(mask.sum().item() / 6)
-    raw, _ = ppo.assign_credit(rollout, replace(CONFIG, whiten_advantages="off"), kl_coef=0.1)
-    torch.testing.assert_close(raw.returns, raw.advantages + rollout.values * mask)
-    clipped, _ = ppo.assign_credit(rollout, replace(CONFIG, score_clip=0.01, eos_penalty=0.0), kl_coef=0.1)
-    assert clipped.rewards.sum(1).abs().max() <= 0.01 + 1e-5
 
 
 def test_merge_widens_to_the_longest(actor, critic):
@@ -194,53 +266,28 @@ def test_merge_widens_to_the_longest(actor, critic):
                for width in [whole.tokens.size(1)])
 
 
-def sgd(model, loss, lr):
-    """An `update` of the simplest kind: sum over all micro-batches / global count, one gradient step."""
-    def update(batches):
-        count = sum(batch.count for batch in batches)
-        stats: dict[str, list] = {}
-        for batch in batches:
-            total, part = loss(model, batch)
-            (total / count).backward()
-            for name, stat in part.items():
-                stats.setdefault(name, []).append(stat)
-        with torch.no_grad():
-            for p in model.parameters():
-                p -= lr * p.grad
-                p.grad = None
-        return {k: (sum(a.item() for a, _ in v) / sum(b.item() for _, b in v) if isinstance(v[0], tuple) else max(x.item() for x in v))
-                for k, v in stats.items()}
-    return update
+@pytest.mark.line(18)
+@pytest.mark.parametrize("epochs,minibatch", [(1, 6), (1, 2), (2, 3), (3, 1)])
+def test_every_episode_is_seen_once_an_epoch(actor, critic, epochs, minibatch):
+    """epochs * batch_size / minibatch_size optimizer steps for actor and critic each, in a fresh order every epoch."""
+    config, seen = replace(CONFIG, epochs=epochs, minibatch_size=minibatch), {"actor": [], "critic": []}
+    rollout, _ = ppo.assign_credit(rollout_of(actor, critic), config, kl_coef=0.1)
+    rollout = replace(rollout, scores=torch.arange(6.0))  # names the episodes
+
+    def record(name):
+        return lambda batches: seen[name].append([int(x) for batch in batches for x in batch.scores]) or {}
+    steps = ppo.learn(rollout, config, record("actor"), record("critic"), seed=0)
+    assert len(steps) == len(seen["actor"]) == epochs * 6 // minibatch and seen["actor"] == seen["critic"]
+    orders = [sum(seen["actor"][i:i + 6 // minibatch], []) for i in range(0, len(steps), 6 // minibatch)]
+    assert all(sorted(order) == list(range(6)) for order in orders) and len({tuple(order) for order in orders}) == epochs
 
 
-def learn(actor, critic, lr: float, **changes):
-    config = replace(CONFIG, **changes)
-    rollout, _ = ppo.assign_credit(rollout_of(actor, critic, **changes), config, kl_coef=0.1)
-    return ppo.learn(rollout, config, sgd(actor, lambda m, b: ppo.actor_loss(m, b, config, kl_coef=0.1), lr),
-                     sgd(critic, lambda m, b: ppo.critic_loss(m, b, config), lr), seed=0)
+def test_without_an_actor_update_only_the_critic_learns(actor, critic):
+    rollout, _ = ppo.assign_credit(rollout_of(actor, critic), CONFIG, kl_coef=0.1)
+    assert ppo.learn(rollout, CONFIG, None, lambda batches: {"seen": len(batches)}, seed=0) == [{"seen": 2}] * 4
 
 
-def test_ratio_is_one_on_the_first_pass_and_steps_are_counted(actor, critic):
-    steps = learn(actor, critic, lr=0.0)
-    assert len(steps) == 2 * 6 // 3
-    for step in steps:
-        assert step["ratio_max"] == pytest.approx(1, abs=1e-6) and step["clip_fraction"] == 0 and step["approx_kl"] == pytest.approx(0, abs=1e-9)
-
-
-def test_microbatch_size_does_not_change_the_update(actor, critic):
-    import copy
-    results = []
-    for size in (1, 2, 3):
-        a, c = copy.deepcopy(actor), copy.deepcopy(critic)
-        learn(a, c, lr=0.1, microbatch_size=size)
-        results.append([p.detach().clone() for p in (*a.parameters(), *c.parameters())])
-    for other in results[1:]:
-        for p, q in zip(results[0], other):
-            torch.testing.assert_close(p, q, atol=1e-6, rtol=0)
-    assert any(not torch.equal(p, q) for p, q in zip(results[0], (*actor.parameters(), *critic.parameters())))
-
-
-@pytest.mark.parametrize("bad", [{"kl_kind": "k9"}, {"minibatch_size": 4}, {"temperature": 0.0}])
+@pytest.mark.parametrize("bad", [{"kl_kind": "k9"}, {"minibatch_size": 4}, {"temperature": 0.0}, {"kl_in": "loss", "kl_kind": "k1"}])
 def test_impossible_settings(bad):
     with pytest.raises(ValueError):
         replace(CONFIG, **bad)

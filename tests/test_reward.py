@@ -17,6 +17,7 @@ def oracle(scores: list[list[float]], ranks: list[list[float]]) -> tuple[float, 
     return total, prompts
 
 
+@pytest.mark.line(19)
 def test_ranking_loss_against_loops():
     g = torch.Generator().manual_seed(0)
     scores, ranks = torch.randn(20, 5, generator=g) * 3, torch.randint(1, 5, (20, 5), generator=g).float()
@@ -26,17 +27,20 @@ def test_ranking_loss_against_loops():
     assert (total.item(), prompts.item()) == (pytest.approx(expected, rel=1e-6), n) and n == 19
 
 
+@pytest.mark.line(19)
 def test_two_responses_are_bradley_terry():
     total, prompts = ranking_loss(torch.tensor([[0.3, 1.1]]), torch.tensor([[2.0, 1.0]]))
     assert total.item() == pytest.approx(math.log(1 + math.exp(-0.8))) and prompts.item() == 1
 
 
+@pytest.mark.line(19)
 def test_order_of_responses_does_not_matter():
     g = torch.Generator().manual_seed(1)
     scores, ranks, order = torch.randn(4, 5, generator=g), torch.rand(4, 5, generator=g), torch.tensor([4, 2, 0, 1, 3])
     torch.testing.assert_close(ranking_loss(scores, ranks)[0], ranking_loss(scores[:, order], ranks[:, order])[0])
 
 
+@pytest.mark.line(19)
 def test_missing_responses_give_no_pair():
     scores, ranks = torch.tensor([[0.1, 0.7, 0.4]]), torch.tensor([[1.0, 2.0, 3.0]])
     padded = torch.cat((scores, torch.tensor([[9.0]])), 1), torch.cat((ranks, torch.tensor([[torch.nan]])), 1)
@@ -44,6 +48,7 @@ def test_missing_responses_give_no_pair():
     assert better(padded[1]).sum() == 3
 
 
+@pytest.mark.line(19)
 def test_wrong_order_has_the_larger_gradient():
     """-log(sigmoid + eps), which some write, loses its gradient exactly where the pair is badly wrong."""
     scores = torch.tensor([[-40.0, 40.0]], requires_grad=True)
@@ -56,6 +61,7 @@ def test_pair_accuracy():
     assert (right.item(), pairs.item()) == (2.5, 5)  # 3>2, 3>2 right; 3<5, 2<5 wrong; 2=2 half; the tied last two no pair
 
 
+@pytest.mark.line(4)
 def test_group_scores_and_padding(critic):
     tokens = torch.tensor([[1, 2, 3, 4, 0, 0], [1, 2, 5, 0, 0, 0], [1, 9, 9, 9, 9, 9], [1, 0, 0, 0, 0, 0]])
     mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1], [1, 0, 0, 0, 0, 0]], dtype=torch.bool)
@@ -75,6 +81,7 @@ def test_sampling_uses_every_setting(actor):
     assert reward.sample(actor, [[1, 6, 7]], [1], config, 10, eos_id=2, seed=0) == groups[1:], "a sample belongs to its row"
 
 
+@pytest.mark.line(20)
 def test_calibrate():
     mean, std = calibrate([1.0, 2.0, 3.0, 6.0])
     assert (mean, std) == (3.0, pytest.approx(math.sqrt(3.5)))
