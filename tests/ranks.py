@@ -72,7 +72,7 @@ def steps(out: Path, size: int, machine: parallel.Machine) -> None:
     mine = machine.slice(list(range(8)))
     rollout = ppo.collect(models, [prompts[i] for i in mine], mine, config, 10, EOS, (0.0, 1.0), seed=0,
                           gathered=parallel.gathered, gather=partial(gather_rollouts, machine))
-    rollout, stats = ppo.assign_credit(rollout, config, 0.1)
+    rollout, stats = ppo.assign_credit(rollout, config, 0.1, machine.world)
     losses = partial(ppo.actor_loss, config=config, kl_coef=0.1), partial(ppo.critic_loss, config=config)
     updates = [lambda batches, i=i: update(models[i], optimizers[i], [Term(losses[i], batches)], 1e-3, 1.0, machine) for i in (0, 1)]
     numbers["ppo"] = [stats, *ppo.learn(rollout, config, *updates, seed=0, share=machine.share)]

@@ -48,6 +48,7 @@ def test_another_seed_is_another_run(finished, tmp_path):
     assert golden.tiny_run(tmp_path / "b", "--seed=1") != finished[1]
 
 
+@pytest.mark.line(25)
 @pytest.mark.parametrize("stage,step", [("sft", 24), ("reward", 4), ("ppo", 2)])
 def test_resume_is_exact(finished, tmp_path, monkeypatch, stage, step):
     """Killed right after a step, at a checkpoint or past it, a resumed run ends as the run that was never killed."""
