@@ -264,7 +264,9 @@ class ScalarModel(nn.Module):
     def forward(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Return (B, T) float32: the scalar after reading token t, zero in padded slots."""
         hidden, valid = self.model(tokens, attention_mask)
-        return unpack(self.score(hidden).float(), tokens.shape, valid)[:, :, 0].clone()  # FSDP wants no view from a forward
+        with torch.autocast(tokens.device.type, enabled=False):  # bfloat16 would round scores and values to 8 bits
+            scalars = F.linear(hidden.float(), self.score.weight.float())
+        return unpack(scalars, tokens.shape, valid)[:, :, 0].clone()  # FSDP wants no view from a forward
 
 
 def random_weights(model: nn.Module, seed: int) -> Iterator[tuple[str, Tensor]]:

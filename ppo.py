@@ -260,14 +260,15 @@ def policy_loss(new_logprobs: Tensor, logprobs: Tensor, advantages: Tensor, resp
     Returns the weighted sum over response tokens and stats as (sum, count). Source: Schulman et al. 2017, eq. 7.
     """
     weights = response_mask.float() if weights is None else weights
-    log_ratio = (new_logprobs - logprobs).where(response_mask, 0.0)
+    # masked before anything is multiplied: a NaN of the padding would come back through the gradient, as 0 * NaN
+    log_ratio, advantages = (new_logprobs - logprobs).where(response_mask, 0.0), advantages.where(response_mask, 0.0)
     ratio = log_ratio.exp()
     unclipped = ratio * advantages
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range) * advantages
     count = response_mask.sum()
-    loss = -(torch.minimum(unclipped, clipped).where(response_mask, 0.0) * weights).sum()
-    active = (clipped < unclipped) & response_mask  # tokens that have no gradient any more
-    approx_kl = (torch.expm1(log_ratio) - log_ratio).where(response_mask, 0.0)  # k3 of old || new
+    loss = -(torch.minimum(unclipped, clipped) * weights).sum()
+    active = clipped < unclipped  # tokens that have no gradient any more
+    approx_kl = torch.expm1(log_ratio) - log_ratio  # k3 of old || new
     return loss, {"policy_loss": (loss.detach(), weights.sum()), "clip_fraction": (active.sum(), count),
                   "approx_kl": (approx_kl.detach().sum(), count), "ratio_max": ratio.detach().where(response_mask, 0.0).amax()}
 
@@ -279,15 +280,15 @@ def value_loss(new_values: Tensor, values: Tensor, returns: Tensor, response_mas
     All (B, T) [reward units]; weights as in `policy_loss`. Source: OpenAI baselines ppo2; not in Schulman et al. 2017.
     """
     weights = response_mask.float() if weights is None else weights
-    squared = (new_values - returns).square()
+    squared = (new_values - returns).where(response_mask, 0.0).square()  # masked first, as in policy_loss
     clipped = torch.zeros_like(response_mask)
     if value_clip_range > 0:
         near = values + (new_values - values).clamp(-value_clip_range, value_clip_range)
-        squared_near = (near - returns).square()
-        clipped = (squared_near > squared) & response_mask
+        squared_near = (near - returns).where(response_mask, 0.0).square()
+        clipped = squared_near > squared
         squared = torch.maximum(squared, squared_near)
     count = response_mask.sum()
-    loss = 0.5 * (squared.where(response_mask, 0.0) * weights).sum()
+    loss = 0.5 * (squared * weights).sum()
     return loss, {"value_loss": (loss.detach(), weights.sum()), "value_clip_fraction": (clipped.sum(), count)}
 
 
@@ -298,7 +299,7 @@ def actor_loss(actor: nn.Module, batch: Rollout, config: PPOConfig, kl_coef: flo
     loss, stats = policy_loss(new_logprobs, batch.logprobs, batch.advantages, mask, config.clip_range, batch.weights)
     loss = loss - config.entropy_coef * (entropy * batch.weights).sum()
     if config.kl_in == "loss":
-        kl = kl_penalty(new_logprobs, batch.ref_logprobs, config.kl_kind).where(mask, 0.0)
+        kl = kl_penalty(new_logprobs, batch.ref_logprobs.where(mask, 0.0), config.kl_kind)
         loss = loss + kl_coef * (kl * batch.weights).sum()
     return loss, {**stats, "entropy": (entropy.detach().sum(), mask.sum())}
 

@@ -41,7 +41,7 @@ def log_policy(model: nn.Module) -> Tensor:
     return token_logprobs(model, tokens)[:, len(PROMPT):].double().sum(1)
 
 
-def distances(kl_coef: float, seed: int, iterations: int = 60, **switches) -> list[float]:
+def distances(kl_coef: float, seed: int, iterations: int = 60, lr: float = 3e-3, **switches) -> list[float]:
     """Train, and return KL(pi || optimum) before, after a third, and at the end [nats]."""
     config = PPOConfig(**{**dict(batch_size=512, minibatch_size=128, microbatch_size=512, epochs=2, kl_coef=kl_coef, eos_penalty=0.0,
                                  gae_lambda=1.0, value_clip_range=0.0), **switches})
@@ -64,8 +64,8 @@ def distances(kl_coef: float, seed: int, iterations: int = 60, **switches) -> li
         rows = [iteration * config.batch_size + i for i in range(config.batch_size)]
         rollout = ppo.collect(models, [PROMPT] * config.batch_size, rows, config, 2, -1, (0.0, 1.0), seed=seed)
         rollout, _ = ppo.assign_credit(rollout, config, kl_coef)
-        lr = lr_at(iteration, iterations, 3e-3, 0.01, 0.0)
-        ppo.learn(rollout, config, *(lambda batches, i=i: update((actor, critic)[i], optimizers[i], [Term(losses[i], batches)], lr, 1.0, MACHINE)
+        now = lr_at(iteration, iterations, lr, 0.01, 0.0)
+        ppo.learn(rollout, config, *(lambda batches, i=i: update((actor, critic)[i], optimizers[i], [Term(losses[i], batches)], now, 1.0, MACHINE)
                                      for i in (0, 1)), seed=iteration)
     return found
 
@@ -76,6 +76,13 @@ def test_ppo_arrives_at_the_optimum(kl_coef, seed):
     before, third, after = distances(kl_coef, seed)
     print(f"kl_coef {kl_coef}, seed {seed}: {before:.4f} -> {third:.4f} -> {after:.4f} nats")
     assert after < 0.01 and after < third and after < before / 5
+
+
+def test_a_large_kl_coef_holds_the_policy_at_the_reference():
+    """The optimum is then the reference itself; at a small coefficient the same steps lead far from there."""
+    assert distances(1000.0, 0, iterations=20, lr=3e-4)[-1] < 0.005
+    start, _, end = distances(0.1, 0, iterations=20, lr=3e-4)
+    assert start > 5 and end < 0.1
 
 
 @pytest.mark.parametrize("switches", [{"whiten_advantages": "off"}, {"gae_lambda": 0.95, "value_clip_range": 0.2},

@@ -91,3 +91,17 @@ def test_readme_counts_lines():
         files = [ROOT / name] if name.endswith(".py") else (ROOT / name).glob("*.py")
         actual = sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
         assert abs(actual - int(claimed)) <= 0.05 * actual, f"{name} has {actual} lines, the README says {claimed}"
+
+
+def test_every_promise_about_numbers_has_its_tests():
+    """NUMERICS.md names exactly the tests that are marked with its numbers."""
+    marked: dict[int, set[str]] = {}
+    for file in (ROOT / "tests").glob("test_*.py"):
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            for mark in getattr(node, "decorator_list", []):
+                if ast.unparse(mark).startswith("pytest.mark.line("):
+                    for number in mark.args:
+                        marked.setdefault(number.value, set()).add(node.name)
+    rows = re.findall(r"^\| (\d+) \| .* \| (.*) \|$", (ROOT / "tests" / "NUMERICS.md").read_text(encoding="utf-8"), re.M)
+    assert [int(number) for number, _ in rows] == list(range(1, 26))
+    assert {int(number): set(re.findall(r"`(\w+)`", tests)) for number, tests in rows} == marked

@@ -74,13 +74,15 @@ def test_padding(models, left, right):
 
 
 @pytest.mark.line(6, 16)
+@pytest.mark.parametrize("switches", [{}, {"kl_in": "loss", "kl_kind": "k2", "loss_average": "sequences"}], ids=str)
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
-def test_what_stands_in_the_padding(models, poison):
+def test_what_stands_in_the_padding(models, poison, switches):
     """NaN and infinities outside the response reach no loss, no gradient and no statistic."""
     def change(rollout: Rollout) -> Rollout:
         poisoned = {name: getattr(rollout, name).masked_fill(~rollout.response_mask, poison) for name in ("logprobs", "ref_logprobs", "values", "sampler_logprobs")}
         return replace(rollout, tokens=rollout.tokens.masked_fill(~rollout.attention_mask, 60), **poisoned)
-    assert_same(iterate(models), iterate(models, change=change))
+    config = replace(CONFIG, **switches)
+    assert_same(iterate(models, config), iterate(models, config, change))
 
 
 @pytest.mark.line(6)

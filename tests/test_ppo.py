@@ -173,6 +173,21 @@ def test_value_loss_against_loops():
     assert value_loss(v, old, target, mask, 0)[0].item() == pytest.approx((0.5 * (v - target)[mask] ** 2).sum().item(), rel=1e-5)
 
 
+@pytest.mark.line(16)
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_losses_see_no_padding(poison):
+    mask, xs = grid(), [noise(3, 9, seed=i) * 0.3 for i in range(3)]
+    poisoned = [x.where(mask, poison) for x in xs]
+    for loss in (policy_loss, value_loss):
+        new = poisoned[0].clone().requires_grad_()
+        total, stats = loss(new, *poisoned[1:], mask, 0.2)
+        expected, expected_stats = loss(*xs, mask, 0.2)
+        torch.testing.assert_close(total, expected)
+        torch.testing.assert_close(stats, expected_stats)
+        gradient, = torch.autograd.grad(total, new)
+        assert gradient.isfinite().all() and gradient[~mask].abs().max() == 0
+
+
 @pytest.mark.line(10)
 def test_adaptive_controller():
     controller = AdaptiveKLController(0.1, target=6.0, horizon=10_000)
