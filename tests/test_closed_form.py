@@ -41,7 +41,7 @@ def log_policy(model: nn.Module) -> Tensor:
     return token_logprobs(model, tokens)[:, len(PROMPT):].double().sum(1)
 
 
-def distances(kl_coef: float, seed: int, iterations: int = 60, lr: float = 3e-3, **switches) -> list[float]:
+def distances(kl_coef: float, seed: int, iterations: int = 60, lr: float = 5e-4, **switches) -> list[float]:
     """Train, and return KL(pi || optimum) before, after a third, and at the end [nats]."""
     config = PPOConfig(**{**dict(batch_size=512, minibatch_size=128, microbatch_size=512, epochs=2, kl_coef=kl_coef, eos_penalty=0.0,
                                  gae_lambda=1.0, value_clip_range=0.0), **switches})

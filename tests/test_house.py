@@ -105,3 +105,13 @@ def test_every_promise_about_numbers_has_its_tests():
     rows = re.findall(r"^\| (\d+) \| .* \| (.*) \|$", (ROOT / "tests" / "NUMERICS.md").read_text(encoding="utf-8"), re.M)
     assert [int(number) for number, _ in rows] == list(range(1, 26))
     assert {int(number): set(re.findall(r"`(\w+)`", tests)) for number, tests in rows} == marked
+
+
+def test_readme_names_functions_and_tests_that_exist():
+    rows = re.findall(r"^\| [^|]+ \| [^|]+ \| (`\w+\.\w+`(?:, `\w+\.\w+`)*) \| `(test_\w+)` \|$", README, re.M)
+    assert len(rows) >= 16
+    tests = {node.name for file in (ROOT / "tests").glob("test_*.py") for node in ast.parse(file.read_text(encoding="utf-8")).body if hasattr(node, "name")}
+    for names, test in rows:
+        for module, name in re.findall(r"`(\w+)\.(\w+)`", names):
+            assert any(getattr(node, "name", None) == name for node in tree(module).body), f"{module}.{name}"
+        assert test in tests, test
