@@ -223,8 +223,8 @@ def gae(rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float, ga
 
     rewards, values: (B, T) float32.   response_mask: (B, T) bool, one run of True per row.
     Returns: (B, T) advantages and (B, T) returns = advantages + values, both 0 outside the response.
-    The value after the last response token is 0: an episode that was cut off is treated as ended, as in
-    every RLHF implementation; `eos_penalty` is where that is made unattractive.
+    The value after the last response token is 0: an episode that was cut off is treated as ended, as
+    everywhere in RLHF; `eos_penalty` is where that is made unattractive.
     Source: Schulman et al. 2016, eq. 16.
     """
     rewards, values = rewards.where(response_mask, 0.0), values.where(response_mask, 0.0)
@@ -245,7 +245,7 @@ def gae(rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float, ga
 def token_weights(response_mask: Tensor, average: str) -> Tensor:
     """Return (B, T) float32, each token's weight in a loss that is divided by the sum of weights.
 
-    "tokens": every response token counts 1, so long responses count more (TRL, OpenRLHF, and the default here).
+    "tokens": every response token counts 1, so long responses count more (OpenRLHF, verl, and the default here).
     "sequences": every response counts 1, shared by its tokens (so the 2019 code, whose responses had one length).
     """
     weights = response_mask.float()
@@ -399,8 +399,8 @@ class RunningMoments:
 def final_scores(rollout: Rollout, config: PPOConfig, moments: RunningMoments) -> Tensor:
     """Return (B,) float32: scores scaled, clipped, and changed where the response was cut off, in that order.
 
-    A response without EOS is no answer yet: "subtract" lowers its score (TRL), "override" replaces it (torchtune, the 2020
-    summarisation code); both before KL shaping.
+    A response without EOS is no answer yet: "subtract" lowers its score (TRL), "override" replaces it (torchtune, the
+    2019 code); both before KL shaping.
     """
     scores = rollout.scores
     if config.score_scale == "running":
