@@ -80,6 +80,7 @@ def test_files_of_a_run(finished):
               "ratio_max", "value_loss", "explained_variance", "advantage_mean", "advantage_std", "actor_grad_norm", "critic_grad_norm",
               "rollout_logprob_diff", "seconds_rollout", "seconds_update", "tokens_per_second", "lr"}
     assert wanted <= rows[-1].keys()
+    assert all(row["rollout_logprob_diff"] < 1e-4 for row in rows if row["stage"] == "ppo")
     results = json.loads((out / "eval.json").read_text())
     assert results["models"].keys() == {"sft", "ppo"} and len(results["models"]["ppo"]["general"]["tasks"]) == 12
     assert results["head_to_head"]["ppo_vs_sft"].keys() == {"win", "tie", "loss"} and results["reward_model"].keys() == {"accuracy", "in_domain", "general"}
