@@ -24,13 +24,14 @@ class Mutant(NamedTuple):
     file: str
     old: str
     new: str
+    survived: bool = False  # the tests of the time did not notice: the one named now was written, or sharpened, for it
 
 
 MUTANTS = [
     # advantages
     Mutant("whitening's shift_mean inverted (torchtune)", "ppo", "whitened if shift_mean else whitened + mean", "whitened + mean if shift_mean else whitened"),
     Mutant("whitening over the rank's own episodes (TRL)", "ppo", '{"global": 1, "rank": ranks}', '{"global": ranks, "rank": ranks}'),
-    Mutant("whitening counts padding (alpaca_farm)", "ppo", "reduce(torch.stack((mask.sum().to(x.dtype),", "reduce(torch.stack((torch.tensor(float(mask.numel())),"),
+    Mutant("whitening counts padding", "ppo", "reduce(torch.stack((mask.sum().to(x.dtype),", "reduce(torch.stack((torch.tensor(float(mask.numel())),"),
     Mutant("whitening by the standard deviation of something else: no root", "ppo", "torch.rsqrt(variance + 1e-8)", "1 / (variance + 1e-8)"),
     Mutant("GAE runs over padding", "ppo", "gae_lambda * next_advantage).where(response_mask[:, t], 0.0)", "gae_lambda * next_advantage)"),
     Mutant("the value after the last token is not 0", "ppo", "values = rewards.where(response_mask, 0.0), values.where(response_mask, 0.0)", "values = rewards.where(response_mask, 0.0), values"),
@@ -39,21 +40,21 @@ MUTANTS = [
     # rewards
     Mutant("score one past the last token (TRL)", "ppo", "scatter_add(1, last_response_index(response_mask)[:, None]", "scatter_add(1, (last_response_index(response_mask)[:, None] + 1).clamp(max=rewards.size(1) - 1)"),
     Mutant("KL with the wrong sign", "ppo", "log_ratio = logprobs - ref_logprobs\n    match", "log_ratio = ref_logprobs - logprobs\n    match"),
-    Mutant("k1 clamped at 0 (alpaca_farm)", "ppo", 'case "k1": return log_ratio', 'case "k1": return log_ratio.clamp(min=0)'),
+    Mutant("k1 clamped at 0", "ppo", 'case "k1": return log_ratio', 'case "k1": return log_ratio.clamp(min=0)'),
     Mutant("k1 clamped to +-10 (OpenRLHF)", "ppo", 'case "k1": return log_ratio', 'case "k1": return log_ratio.clamp(-10, 10)'),
     Mutant("k2 without its half", "ppo", 'return 0.5 * log_ratio.square()', 'return log_ratio.square()'),
     Mutant("k3 of the other direction", "ppo", "return torch.expm1(-log_ratio) + log_ratio", "return torch.expm1(log_ratio) - log_ratio"),
     Mutant("the penalty for cut-off answers hits the finished ones", "ppo", "config.eos_penalty * rollout.cut_off", "config.eos_penalty * ~rollout.cut_off"),
     Mutant("cut off means: as long as allowed, even with EOS", "ppo", "response[-1] != eos_id for", "len(response) == max_new_tokens for"),
     Mutant("score clipped after the penalty", "ppo", "case \"subtract\": return scores - config.eos_penalty * rollout.cut_off", "case \"subtract\": return (scores - config.eos_penalty * rollout.cut_off).clamp(-(config.score_clip or 99), config.score_clip or 99)"),
-    Mutant("adaptive controller fed the mean per token (verl, OpenRLHF)", "train", 'controller.update(stats["kl"]', 'controller.update(stats["kl_per_token"]'),
+    Mutant("adaptive controller fed the mean per token (verl, OpenRLHF)", "train", 'controller.update(stats["kl"]', 'controller.update(stats["kl_per_token"]', True),
     Mutant("adaptive controller inverted", "ppo", "self.kl_coef *= 1 + error", "self.kl_coef *= 1 - error"),
     Mutant("adaptive controller ignores the number of episodes", "ppo", "error * n_episodes / self.horizon", "error / self.horizon"),
     Mutant("KL in the loss subtracted", "ppo", "loss = loss + kl_coef * (kl", "loss = loss - kl_coef * (kl"),
     # losses
     Mutant("surrogate: max instead of min", "ppo", "torch.minimum(unclipped, clipped)", "torch.maximum(unclipped, clipped)"),
     Mutant("ratio clipped from above only", "ppo", "ratio.clamp(1 - clip_range, 1 + clip_range)", "ratio.clamp(max=1 + clip_range)"),
-    Mutant("advantages of padding times a ratio: 0 * NaN", "ppo", "advantages = (new_logprobs - logprobs).where(response_mask, 0.0), advantages.where(response_mask, 0.0)", "advantages = (new_logprobs - logprobs).where(response_mask, 0.0), advantages"),
+    Mutant("advantages of padding times a ratio: 0 * NaN", "ppo", "advantages = (new_logprobs - logprobs).where(response_mask, 0.0), advantages.where(response_mask, 0.0)", "advantages = (new_logprobs - logprobs).where(response_mask, 0.0), advantages", True),
     Mutant("log-ratio of padding (NaN) reaches the loss", "ppo", "advantages = (new_logprobs - logprobs).where(response_mask, 0.0), ", "advantages = new_logprobs - logprobs, "),
     Mutant("clip fraction counts clipping without effect", "ppo", "active = clipped < unclipped", "active = clipped != unclipped"),
     Mutant("squared error of padding masked after the square", "ppo", "squared = (new_values - returns).where(response_mask, 0.0).square()", "squared = (new_values - returns).square().where(response_mask, 0.0)"),
@@ -74,13 +75,13 @@ MUTANTS = [
     Mutant("score read in the last column, padding or not", "model", "return scalars.gather(1, last)[:, 0]", "return scalars[:, -1]"),
     Mutant("positions count padding", "model", "positions = (attention_mask.cumsum(1) - 1).flatten()[valid]", "positions = valid % time"),
     # temperature, precision
-    Mutant("temperature ignored outside sampling (DeepSpeed-Chat)", "model", "F.log_softmax(logits.float() / temperature, dim=-1)", "F.log_softmax(logits.float(), dim=-1)"),
+    Mutant("temperature ignored outside sampling", "model", "F.log_softmax(logits.float() / temperature, dim=-1)", "F.log_softmax(logits.float(), dim=-1)"),
     Mutant("reference at temperature 1", "ppo", "token_logprobs(ref, *episode, response_mask[part], config.temperature)", "token_logprobs(ref, *episode, response_mask[part])"),
     Mutant("log-softmax in bfloat16", "model", "F.log_softmax(logits.float() / temperature, dim=-1)", "F.log_softmax(logits / temperature, dim=-1)"),
     Mutant("norm in bfloat16", "model", "F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)", "x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)"),
     # cutting up the batch
     Mutant("mean of micro-batch means", "train", "machine.world / count.clamp(min=1))", "machine.world / batch.count.clamp(min=1) / len(term.batches))"),
-    Mutant("gradients as many times too large as there are micro-batches (verl)", "train", "machine.world / count.clamp(min=1))", "machine.world * len(term.batches) / count.clamp(min=1))"),
+    Mutant("gradients as many times too large as there are micro-batches", "train", "machine.world / count.clamp(min=1))", "machine.world * len(term.batches) / count.clamp(min=1))"),
     Mutant("FSDP's mean over ranks not undone", "train", "(term.weight * machine.world / count", "(term.weight / count"),
     Mutant("gradient norm of the rank alone", "train", "norm = sums[0].sqrt()", "norm = parallel.grad_square_sum(model).sqrt()"),
     Mutant("weights of the loss's terms ignored", "train", "(term.weight * machine.world", "(machine.world"),
@@ -92,7 +93,7 @@ MUTANTS = [
     Mutant("small gradients are scaled up to the norm", "train", "(max_grad_norm / (norm + 1e-6)).clamp(max=1.0)", "(max_grad_norm / (norm + 1e-6))"),
     Mutant("weight decay on norms and biases", "parallel", 'if p.dim() == 1], "weight_decay": 0.0', 'if p.dim() == 1], "weight_decay": weight_decay'),
     # reward model and SFT
-    Mutant("log(sigmoid + 1e-5) (MOSS)", "reward", "(-F.logsigmoid(margins))", "(-(margins.sigmoid() + 1e-5).log())"),
+    Mutant("log(sigmoid + 1e-5)", "reward", "(-F.logsigmoid(margins))", "(-(margins.sigmoid() + 1e-5).log())"),
     Mutant("ties count as pairs", "reward", "ranks[:, :, None] < ranks[:, None, :]", "ranks[:, :, None] <= ranks[:, None, :]"),
     Mutant("the worse response preferred", "reward", "ranks[:, :, None] < ranks[:, None, :]", "ranks[:, :, None] > ranks[:, None, :]"),
     Mutant("pairs averaged over the batch, not per prompt", "reward", "return (losses / n_pairs.clamp(min=1)).sum()", "return losses.sum() / n_pairs.sum() * (n_pairs > 0).sum()"),
@@ -106,8 +107,8 @@ MUTANTS = [
     # resuming
     Mutant("kl_coef not restored", "train", 'state.get("kl_coef", config.kl_coef)', "config.kl_coef"),
     Mutant("reward moments not restored", "train", '*state.get("moments", ())', ""),
-    Mutant("optimizer silently fresh (NeMo-RL)", "parallel", 'if key in state["optimizer_steps"]:', "if False:"),
-    Mutant("data from the start again (OpenRLHF)", "train", "config.batch_size, step, run.config.seed))", "config.batch_size, step - start, run.config.seed))"),
+    Mutant("optimizer silently fresh", "parallel", 'if key in state["optimizer_steps"]:', "if False:"),
+    Mutant("data from the start again", "train", "config.batch_size, step, run.config.seed))", "config.batch_size, step - start, run.config.seed))"),
 ]
 
 
@@ -129,6 +130,14 @@ def apply(mutant: Mutant, folder: Path) -> None:
     (folder / f"{mutant.file}.py").write_text(source.replace(mutant.old, mutant.new), encoding="utf-8")
 
 
+def write(rows: list[tuple[int, Mutant, str]]) -> None:
+    """Write MUTANTS.md: every mutant's number, what it is, and the first test that fails."""
+    head = (f"Written by `python tests/mutants.py`: {sum(bool(test) for _, _, test in rows)} of {len(rows)} deliberate bugs are caught. Those marked * survived the\n"
+            "tests of the time; the test named was written, or sharpened, for them.\n\n| | bug | in | first test that fails |\n|---|---|---|---|\n")
+    lines = [f"| {n}{'*' * m.survived} | {m.bug} | `{m.file}.py` | {f'`{test}`' if test else '**survived**'} |" for n, m, test in rows]
+    Path(__file__).with_name("MUTANTS.md").write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
+
+
 def main(chosen: list[int]) -> None:
     rows = []
     with tempfile.TemporaryDirectory() as name:
@@ -146,9 +155,7 @@ def main(chosen: list[int]) -> None:
     caught = sum(bool(test) for _, _, test in rows)
     print(f"{caught} of {len(rows)} caught")
     if not chosen:
-        lines = [f"| {n} | {m.bug} | `{m.file}.py` | {f'`{test}`' if test else '**survived**'} |" for n, m, test in rows]
-        text = f"Written by `python tests/mutants.py`: {caught} of {len(rows)} deliberate bugs are caught.\n\n| | bug | in | first test that fails |\n|---|---|---|---|\n"
-        Path(__file__).with_name("MUTANTS.md").write_text(text + "\n".join(lines) + "\n", encoding="utf-8")
+        write(rows)
 
 
 if __name__ == "__main__":

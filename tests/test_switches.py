@@ -73,9 +73,11 @@ def test_every_switch_reaches_the_run(base, tmp_path, flag, seen):
 
 @pytest.mark.line(10)
 def test_adaptive_kl_coef_follows_the_logged_kl(base, tmp_path):
-    rows, _ = ppo(base, tmp_path / "a", "--ppo.kl_target=0.05", "--ppo.kl_horizon=100", "--ppo.lr=3e-3")
-    for before, after in zip(rows, rows[1:]):
-        error = max(-0.2, min(0.2, before["kl"] / 0.05 - 1))
+    target = 1.1 * ppo(base, tmp_path / "fixed")[0][1]["kl"]  # so that the second error is not clipped
+    rows, _ = ppo(base, tmp_path / "adaptive", f"--ppo.kl_target={target}", "--ppo.kl_horizon=100")
+    errors = [max(-0.2, min(0.2, row["kl"] / target - 1)) for row in rows[:-1]]
+    assert errors == [-0.2, pytest.approx(-1 / 11)]
+    for before, error, after in zip(rows, errors, rows[1:]):
         assert after["kl_coef"] == pytest.approx(before["kl_coef"] * (1 + error * 16 / 100))
 
 
