@@ -26,6 +26,7 @@ from typing import Any, Iterator, Mapping, NamedTuple, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 Rope = tuple[Tensor, Tensor]
 
@@ -188,6 +189,7 @@ class Block(nn.Module):
 
 class Trunk(nn.Module):
     """Embedding, blocks and final norm: everything that language model and scalar model share."""
+    recompute = False  # activation checkpointing: the backward pass computes what is inside a block again
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -216,7 +218,8 @@ class Trunk(nn.Module):
         """Map packed tokens (N,) to hidden states (N, D), through the caches when there are any."""
         x = self.embed_tokens(flat)
         for i, layer in enumerate(self.layers):
-            x = layer(x, rope, grid, caches[i] if caches else None, positions)
+            arguments = x, rope, grid, caches[i] if caches else None, positions
+            x = checkpoint(layer, *arguments, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else layer(*arguments)
         return self.norm(x)
 
 

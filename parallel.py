@@ -20,7 +20,8 @@ from typing import Any, Callable, Iterable, Iterator, Mapping, NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from model import Block, ModelConfig, check_weights, random_weights, read_safetensors, write_safetensors
@@ -32,16 +33,30 @@ LAUNCHER = os.getppid()  # torchrun, if it started us; read early, while it sure
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    replicas: int = 1                   # groups of ranks that each hold all shards (HSDP): as many as there are nodes, or 1
+    activation_checkpointing: bool = False  # keep only the blocks' inputs for the backward pass and compute the rest again
+    offload_frozen: bool = False        # reference and reward model wait in CPU memory while they are not used
+
+
+@dataclass(frozen=True)
 class Machine:
     """This process's place in the run."""
     rank: int
     world: int
     device: torch.device
-    dtype: torch.dtype  # of forwards and backwards; parameters and optimizers are float32 always
+    dtype: torch.dtype  # of forwards and backwards; trained parameters and optimizers are float32 always
+    config: ParallelConfig = ParallelConfig()
+    mesh: DeviceMesh | None = None  # (shards,) or (replicas, shards); None: one process
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def shards(self) -> int:
+        """Ranks that hold one model together; the first so many of all ranks are one such group."""
+        return self.world // self.config.replicas
 
     def share(self, rows: Tensor, size: int) -> list[Tensor]:
         """Cut the rows of a global batch, (n,) int64, into this rank's micro-batches of at most `size` rows."""
@@ -58,19 +73,26 @@ class Machine:
         return torch.autocast(self.device.type, self.dtype)
 
 
-def start(dtype: str) -> Machine:
+def start(dtype: str, config: ParallelConfig = ParallelConfig()) -> Machine:
     """Join the process group that torchrun describes, if it started us. dtype: auto | float32 | bfloat16."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    if world % config.replicas:
+        raise ValueError(f"--parallel.replicas={config.replicas} does not divide {world} processes")
+    if config.offload_frozen and world == 1:
+        raise ValueError("--parallel.offload_frozen needs several processes: one process holds plain modules")
+    mesh = None
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
         dist.barrier()  # a rank that fails right away would else tear the others' connections down while they are being made
+        sizes, names = ((config.replicas, world // config.replicas), ("replicas", "shards")) if config.replicas > 1 else ((world,), ("shards",))
+        mesh = init_device_mesh(device.type, sizes, mesh_dim_names=names)
     if dtype == "auto":
         dtype = "bfloat16" if cuda else "float32"
-    return Machine(rank, world, device, getattr(torch, dtype))
+    return Machine(rank, world, device, getattr(torch, dtype), config, mesh)
 
 
 def stop() -> None:
@@ -147,31 +169,40 @@ def from_main(make: Callable[[], Any]) -> Any:
 # ---------------------------------------------------------------------------------------------
 # Models
 
-def build(kind: type[nn.Module], config: ModelConfig, weights: Mapping[str, Tensor] | int, machine: Machine) -> nn.Module:
+def build(kind: type[nn.Module], config: ModelConfig, weights: Mapping[str, Tensor] | int, machine: Machine,
+          frozen: bool = False) -> nn.Module:
     """Build a model, sharded when there are several processes, and fill it.
 
     weights: tensors by parameter name (memory-mapped: each rank reads only its part), or a seed to draw them from.
+    frozen: never trained; its shards are held in the dtype of forwards, which rounds nothing that a forward would not.
     """
     with torch.device("meta"):
-        model = kind(config)
+        model = kind(config).requires_grad_(not frozen)
     if isinstance(weights, Mapping):
         check_weights(model, weights, "weights")
         tensors: Iterable[tuple[str, Tensor]] = ((name, weights[name]) for name, _ in model.named_parameters())
     else:
         tensors = random_weights(model, weights)
+    model.model.recompute = machine.config.activation_checkpointing
     if machine.world > 1:
-        # rotary angles and caches travel as arguments: cast_forward_inputs would round them to bfloat16
-        policy = MixedPrecisionPolicy(machine.dtype, torch.float32, cast_forward_inputs=False)
-        if sum(p.numel() for p in model.parameters()) > BLOCKWISE_ABOVE:
-            for block in model.modules():
-                if isinstance(block, Block):
-                    fully_shard(block, mp_policy=policy)
-        fully_shard(model, mp_policy=policy)
-    model.to_empty(device=machine.device)
+        shard(model.to(machine.dtype) if frozen else model, machine, offload=frozen and machine.config.offload_frozen)
+    model.to_empty(device="cpu" if frozen and machine.config.offload_frozen else machine.device)
     parameters = dict(model.named_parameters())
     for name, tensor in tensors:
         local_part(parameters[name]).copy_(split_like(tensor, parameters[name]))
     return model
+
+
+def shard(model: nn.Module, machine: Machine, offload: bool) -> None:
+    """Split every parameter over the ranks of a replica (FSDP2), block by block when that pays."""
+    # rotary angles and caches travel as arguments: cast_forward_inputs would round them to bfloat16
+    policy = MixedPrecisionPolicy(machine.dtype, torch.float32, cast_forward_inputs=False)
+    where = CPUOffloadPolicy(pin_memory=machine.device.type == "cuda") if offload else OffloadPolicy()
+    if sum(p.numel() for p in model.parameters()) > BLOCKWISE_ABOVE:
+        for block in model.modules():
+            if isinstance(block, Block):
+                fully_shard(block, mesh=machine.mesh, mp_policy=policy, offload_policy=where)
+    fully_shard(model, mesh=machine.mesh, mp_policy=policy, offload_policy=where)
 
 
 def local_part(x: Tensor) -> Tensor:
@@ -231,8 +262,10 @@ def adamw(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
 
 
 def grad_square_sum(model: nn.Module) -> Tensor:
-    """Return this rank's share of the squared gradient norm, float32."""
-    return torch.nn.utils.get_total_norm([local_part(p.grad) for p in model.parameters()]).float().square()
+    """Return this rank's share of the squared gradient norm, float32; replicas, which hold equal gradients, share equally."""
+    parameters = list(model.parameters())
+    replicas = parameters[0].device_mesh.size(0) if isinstance(parameters[0], DTensor) and parameters[0].device_mesh.ndim == 2 else 1
+    return torch.nn.utils.get_total_norm([local_part(p.grad) for p in parameters]).float().square() / replicas
 
 
 # ---------------------------------------------------------------------------------------------
@@ -254,10 +287,11 @@ def save_checkpoint(path: Path, trained: Mapping[str, tuple[nn.Module, torch.opt
                 tensors[f"{key}/exp_avg/{name}"] = local_part(moments["exp_avg"])
                 tensors[f"{key}/exp_avg_sq/{name}"] = local_part(moments["exp_avg_sq"])
                 steps[key] = float(moments["step"])
-    write_safetensors(partial / f"rank{machine.rank:05d}.safetensors", tensors)
+    if machine.rank < machine.shards:  # the other replicas hold the same
+        write_safetensors(partial / f"rank{machine.rank:05d}.safetensors", tensors)
     gather_objects(None)
     if machine.is_main:
-        (partial / "state.json").write_text(json.dumps({**state, "world": machine.world, "optimizer_steps": steps}))
+        (partial / "state.json").write_text(json.dumps({**state, "shards": machine.shards, "optimizer_steps": steps}))
         os.rename(partial, path)
         for old in path.parent.iterdir():  # only the newest whole one is of use
             if old != path:
@@ -268,7 +302,7 @@ def save_checkpoint(path: Path, trained: Mapping[str, tuple[nn.Module, torch.opt
 def load_checkpoint(path: Path, trained: Mapping[str, tuple[nn.Module, torch.optim.Optimizer]]) -> dict:
     """Fill models and optimizers, written by any number of ranks, and return the state."""
     state = json.loads((path / "state.json").read_text())
-    files = [read_safetensors(path / f"rank{rank:05d}.safetensors") for rank in range(state["world"])]
+    files = [read_safetensors(path / f"rank{rank:05d}.safetensors") for rank in range(state["shards"])]
 
     def part(key: str, parameter: Tensor) -> Tensor:
         return split_like(torch.cat([file[key] for file in files]), parameter)

@@ -40,7 +40,7 @@ import sft
 from data import DataConfig, Tokenizer
 from eval import EvalConfig
 from model import ModelConfig, ScalarModel, Transformer, generate, last_scores, read_config, read_json, read_weights, save_pretrained
-from parallel import Machine
+from parallel import Machine, ParallelConfig
 from ppo import PPOConfig
 from reward import RewardConfig
 from sft import SFTConfig
@@ -71,6 +71,7 @@ class Config:
     reward: RewardConfig = field(default_factory=RewardConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     out: str = ""                       # run folder; "": a fresh runs/NNN
     base: str = ""                      # folder of another run whose finished stages this one starts from
     seed: int = 0                       # of weights, data order, sampling and the embedded world
@@ -395,7 +396,7 @@ def save_model(run: Run, model: nn.Module, name: str, extra: Mapping | None = No
     parallel.gather_objects(None)
 
 
-def load_model(run: Run, path: Path, kind: type[nn.Module] = Transformer) -> nn.Module:
+def load_model(run: Run, path: Path, kind: type[nn.Module] = Transformer, frozen: bool = False) -> nn.Module:
     """Load a model folder, sharded; a scalar model from a language model gets a fresh head."""
     weights = read_weights(path)
     config = read_config(path)
@@ -404,7 +405,7 @@ def load_model(run: Run, path: Path, kind: type[nn.Module] = Transformer) -> nn.
     if kind is ScalarModel and "score.weight" not in weights:
         head = torch.randn(1, config.dim, generator=torch.Generator().manual_seed(run.config.seed)) / (config.dim + 1) ** 0.5
         weights["score.weight"] = head
-    return parallel.build(kind, config, weights, run.machine)
+    return parallel.build(kind, config, weights, run.machine, frozen)
 
 
 def to_device(run: Run, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -675,8 +676,8 @@ def ppo_models(run: Run, scale: tuple[float, float]) -> ppo.Models:
     critic = load_model(run, reward_path if run.config.ppo.critic_init == "reward" else sft_path, ScalarModel)
     if run.config.ppo.critic_init == "reward":
         parallel.local_part(critic.score.weight).div_(scale[1])  # it starts in scaled units
-    return ppo.Models(load_model(run, sft_path), critic, load_model(run, sft_path).requires_grad_(False),
-                      load_model(run, reward_path, ScalarModel).requires_grad_(False))
+    return ppo.Models(load_model(run, sft_path), critic, load_model(run, sft_path, frozen=True),
+                      load_model(run, reward_path, ScalarModel, frozen=True))
 
 
 def ptx_term(run: Run, examples: Sequence[data.TokenizedDialogue], step: int) -> Term:
@@ -900,7 +901,7 @@ def prepare_tokenizer(config: Config, out: Path) -> Tokenizer:
 def main(args: Sequence[str]) -> None:
     """Run the stages asked for."""
     config = parse_args(args)
-    machine = parallel.start(config.dtype)
+    machine = parallel.start(config.dtype, config.parallel)
     check_ranks(config, machine.world)
     out = parallel.from_main(lambda: open_folder(config))
     parallel.from_main(lambda: prepare_tokenizer(config, out).path)

@@ -1,5 +1,5 @@
 """What test_parallel.py runs under one, two and four processes: an optimizer step of each stage, a whole PPO
-iteration, a checkpoint. `ranks.py FOLDER SIZE...` writes what came out to FOLDER/SIZE for each micro-batch size."""
+iteration, a checkpoint. `ranks.py FOLDER SETTINGS SIZE...` writes what came out to FOLDER/SIZE for each micro-batch size; SETTINGS: ParallelConfig, as JSON."""
 import json
 import sys
 from dataclasses import replace
@@ -65,8 +65,8 @@ def steps(out: Path, size: int, machine: parallel.Machine) -> None:
             assert all(torch.equal(resumed[k], straight[k]) for k in straight)
 
     config = ppo.PPOConfig(batch_size=8, minibatch_size=4, microbatch_size=size, epochs=2)
-    models = ppo.Models(*(parallel.build(kind, CONFIG, seed, machine) for kind, seed in
-                          ((Transformer, 0), (ScalarModel, 1), (Transformer, 0), (ScalarModel, 1))))
+    models = ppo.Models(*(parallel.build(kind, CONFIG, seed, machine, frozen) for kind, seed, frozen in
+                          ((Transformer, 0, False), (ScalarModel, 1, False), (Transformer, 0, True), (ScalarModel, 1, True))))
     optimizers = [parallel.adamw(model, 0.0) for model in models[:2]]
     prompts = [row[:4] for row in rows_of(8, 3)]
     mine = machine.slice(list(range(8)))
@@ -86,7 +86,8 @@ def steps(out: Path, size: int, machine: parallel.Machine) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    MACHINE = parallel.start("float32")
-    for text in sys.argv[2:]:
+    MACHINE = parallel.start("float32", parallel.ParallelConfig(**json.loads(sys.argv[2])))
+    parallel.BLOCKWISE_ABOVE = 0  # every block a unit of its own, as in large models
+    for text in sys.argv[3:]:
         steps(Path(sys.argv[1], text), int(text), MACHINE)
     parallel.stop()

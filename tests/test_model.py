@@ -136,6 +136,21 @@ def test_norm_is_computed_in_float32():
     assert torch.equal(norm.bfloat16()(x), exact)
 
 
+def test_activation_checkpointing_keeps_less_and_gives_equal_gradients(actor):
+    tokens, mask = ragged()
+
+    def backward() -> tuple[int, list[torch.Tensor]]:
+        kept: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.nbytes) or x, lambda x: x):
+            loss = token_logprobs(actor, tokens, mask).sum()
+        gradients = torch.autograd.grad(loss, list(actor.parameters()))
+        return sum(kept), gradients
+    plain, plain_gradients = backward()
+    actor.model.recompute = True
+    less, gradients = backward()
+    assert less < plain / 3 and all(torch.equal(x, y) for x, y in zip(gradients, plain_gradients))
+
+
 def test_first_token_cannot_be_scored(actor):
     with pytest.raises(ValueError, match="no predecessor"):
         token_logprobs(actor, torch.tensor([[1, 2]]), None, torch.tensor([[True, True]]))
