@@ -57,6 +57,8 @@ class Tokenizer:
         """Open a tokenizer.model, or the one in a folder; ValueError if it cannot serve."""
         path = Path(path)
         self.path = path / "tokenizer.model" if path.is_dir() else path
+        if not self.path.exists() and (path / "params.json").exists():  # Meta keeps one tokenizer beside the folders of all sizes
+            self.path = path.parent / "tokenizer.model"
         if not self.path.is_file():
             raise ValueError(f"{self.path}: no such file; give a sentencepiece tokenizer.model or the folder that holds one")
         try:
@@ -93,6 +95,43 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids; control ids have none, nor have ids beyond the vocabulary (a padded embedding's)."""
         return self._pieces.decode([i for i in ids if 0 <= i < self.vocab_size])
+
+    def huggingface_files(self) -> dict[str, dict]:
+        """Return the content of tokenizer.json and tokenizer_config.json, with which `transformers` finds the ids of `encode`.
+
+        From tokenizer.model alone it takes merges in the order of ids, which is wrong for runs of spaces: they have the lowest
+        ids and the lowest scores. Text never becomes a control token there either (split_special_tokens). Empty unless this is BPE.
+        """
+        p, count = self._pieces, self.vocab_size
+        special = [i for i in range(count) if p.is_control(i) or p.is_unknown(i)]
+        bos, eos, unk = (p.id_to_piece(i) for i in (self.bos_id, self.eos_id, p.unk_id()))
+        scores = {p.id_to_piece(i): p.get_score(i) for i in range(count) if not (i in special or p.is_byte(i) or p.is_unused(i))}
+        if any(score % 1 for score in scores.values()):  # BPE's are whole numbers, the merges counted down; unigram's log-probabilities
+            return {}
+        merges = [(score, i, len(piece) - i, piece) for piece, score in scores.items() for i in range(1, len(piece))
+                  if piece[:i] in scores and piece[i:] in scores]
+        normalizers: list[dict] = [{"type": "NFKC"}] if "\ufb01" not in p.normalize("\ufb01") else []  # the ligature fi
+        if p.normalize("a  b") == p.normalize("a b"):  # trained to merge spaces
+            normalizers += [{"type": "Replace", "pattern": {"Regex": pattern}, "content": content}
+                            for pattern, content in ((r"\A +| +\z", ""), (" +", " "))]
+        normalizers += [{"type": "Prepend", "prepend": "\u2581"}, {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}]
+        begin, text = {"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+        decoders = [{"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
+                    {"type": "Strip", "content": " ", "start": 1, "stop": 0}]
+        tokenizer = {
+            "version": "1.0", "truncation": None, "padding": None, "pre_tokenizer": None,
+            "added_tokens": [{"id": i, "content": p.id_to_piece(i), "special": True, "normalized": False, "single_word": False,
+                              "lstrip": False, "rstrip": False} for i in special],
+            "normalizer": {"type": "Sequence", "normalizers": normalizers}, "decoder": {"type": "Sequence", "decoders": decoders},
+            "post_processor": {"type": "TemplateProcessing", "single": [begin, text], "pair": [begin, text, {"Sequence": {"id": "B", "type_id": 1}}],
+                               "special_tokens": {bos: {"id": bos, "ids": [self.bos_id], "tokens": [bos]}}},
+            "model": {"type": "BPE", "dropout": None, "unk_token": unk, "continuing_subword_prefix": None, "end_of_word_suffix": None,
+                      "fuse_unk": True, "byte_fallback": any(map(p.is_byte, range(count))), "ignore_merges": False,
+                      "vocab": {p.id_to_piece(i): i for i in range(count)},
+                      "merges": [f"{piece[:i]} {piece[i:]}" for _, i, _, piece in sorted(merges, reverse=True)]}}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos, "unk_token": unk, "pad_token": unk,
+                  "padding_side": "left", "split_special_tokens": True, "clean_up_tokenization_spaces": False}
+        return {"tokenizer.json": tokenizer, "tokenizer_config.json": config}
 
 
 # ---------------------------------------------------------------------------------------------

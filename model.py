@@ -13,15 +13,19 @@ Modules carry Hugging Face's names, so a `state_dict()` *is* a Hugging Face chec
 """
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import mmap
 import os
+import pickle
+import re
 import shutil
 import struct
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Iterator, Mapping, NamedTuple, Sequence
+from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +51,7 @@ class ModelConfig:
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     tie_embeddings: bool = False
+    rope_scaling: float = 1.0  # positions are divided by it (linear scaling, Chen et al. 2023)
 
     def __post_init__(self) -> None:
         sizes = (self.dim, self.n_layers, self.n_heads, self.n_kv_heads, self.vocab_size, self.ffn_dim, self.max_seq_len)
@@ -56,6 +61,8 @@ class ModelConfig:
             raise ValueError(f"dim={self.dim} must be a multiple of 2 * n_heads={2 * self.n_heads}: rotary pairs")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads={self.n_heads} must be a multiple of n_kv_heads={self.n_kv_heads}")
+        if min(self.norm_eps, self.rope_theta, self.rope_scaling) <= 0:
+            raise ValueError(f"norm_eps, rope_theta and rope_scaling must be positive: {self}")
 
 
 class Grid(NamedTuple):
@@ -106,7 +113,7 @@ def rope_table(positions: Tensor, config: ModelConfig) -> Rope:
     """
     size = config.dim // config.n_heads
     exponent = torch.arange(0, size, 2, dtype=torch.float32, device=positions.device) / size
-    angles = positions[..., None, None].float() / config.rope_theta ** exponent
+    angles = positions[..., None, None].float() / (config.rope_scaling * config.rope_theta ** exponent)
     return angles.cos(), angles.sin()
 
 
@@ -472,59 +479,204 @@ def prefill(model: Transformer, prompts: list[list[int]], lengths: list[int], sl
 
 
 # ---------------------------------------------------------------------------------------------
-# Weights in and out: Hugging Face layout (config.json, *.safetensors, tokenizer.model)
+# Weights in: Hugging Face layout (config.json, *.safetensors or pytorch_model*.bin), Meta layout (params.json, consolidated.*.pth)
 
 SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64,
                       "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
 SUPPORTED_TYPES = ("llama", "mistral")
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size")
+UNDERSTOOD = {*SIZES, "model_type", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling",
+              "rope_parameters", "tie_word_embeddings", "hidden_act", "attention_bias", "mlp_bias", "head_dim", "sliding_window",
+              "layer_types", "pretraining_tp", "attention_dropout", "quantization_config"}
+# Entries of config.json that do not change what the model computes.
+INERT = set("""architectures dtype torch_dtype transformers_version use_cache initializer_range max_sequence_length name_or_path tokenizer_class
+    bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id cls_token_id decoder_start_token_id id2label label2id num_labels
+    problem_type finetuning_task return_dict output_attentions output_hidden_states torchscript chunk_size_feed_forward unsloth_version
+    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p
+    repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size num_return_sequences
+    score_mean score_std holdout_accuracy""".split())
+# Meta's name -> ours, and the axis along which model parallelism splits the tensor (None: every file holds the whole)
+META = {"tok_embeddings": ("model.embed_tokens", 1), "norm": ("model.norm", None), "output": ("lm_head", 0),
+        "attention_norm": ("input_layernorm", None), "ffn_norm": ("post_attention_layernorm", None),
+        "attention.wq": ("self_attn.q_proj", 0), "attention.wk": ("self_attn.k_proj", 0), "attention.wv": ("self_attn.v_proj", 0),
+        "attention.wo": ("self_attn.o_proj", 1), "feed_forward.w1": ("mlp.gate_proj", 0), "feed_forward.w2": ("mlp.down_proj", 1),
+        "feed_forward.w3": ("mlp.up_proj", 0)}
+META_PARAMS = {"dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "ffn_dim_multiplier", "norm_eps", "vocab_size", "rope_theta",
+               "max_seq_len", "max_batch_size"}
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Memory-map a .safetensors file: name -> tensor, no byte read before it is used.
+class Source(NamedTuple):
+    """A tensor that is not read yet."""
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
 
-    Raises ValueError naming the file, and the tensor, for anything that is not a whole safetensors file.
-    The format: an 8-byte little-endian length, a JSON header, the raw bytes.
+
+class Weights(Mapping[str, Tensor]):
+    """The tensors in `path` by name.
+
+    Each is mapped into memory when it is asked for and, from safetensors, unmapped with its last reference:
+    what nobody touches is not read, and what has been used takes no room.
     """
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size < 8:
-            raise ValueError(f"{path}: too short to be a safetensors file")
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # private pages: torch wants a writable buffer
-    start = 8 + struct.unpack("<Q", data[:8])[0]
-    try:
-        header = json.loads(data[8:start]) if start <= size else None
-    except ValueError:
-        header = None
+
+    def __init__(self, path: Path, sources: dict[str, Source]) -> None:
+        self.path, self.sources = path, sources
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.sources[name].read()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.sources
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sources)
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+
+def map_tensor(file: Path, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Map the bytes of one tensor: private pages, because torch wants a writable buffer."""
+    count = math.prod(shape)
+    if count == 0:
+        return torch.empty(shape, dtype=dtype)
+    page = offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+    with open(file, "rb") as handle:
+        data = mmap.mmap(handle.fileno(), offset - page + count * dtype.itemsize, access=mmap.ACCESS_COPY, offset=page)
+    return torch.frombuffer(data, dtype=dtype, count=count, offset=offset - page).view(shape)
+
+
+def read_safetensors(file: Path) -> Weights:
+    """Read the header of a .safetensors file: an 8-byte little-endian length, a JSON object, then the tensors' bytes.
+
+    Raises ValueError naming the file, and the tensor, unless the tensors fill the file to its end without hole or overlap.
+    """
+    with open(file, "rb") as handle:
+        size = os.fstat(handle.fileno()).st_size
+        start = 8 + int.from_bytes(handle.read(8), "little")
+        try:
+            header = json.loads(handle.read(start - 8)) if start <= size else None
+        except (ValueError, RecursionError):
+            header = None
     if not isinstance(header, dict):
-        raise ValueError(f"{path}: not a safetensors file, or cut off in its header")
+        raise ValueError(f"{file}: not a safetensors file, or cut off in its header")
     header.pop("__metadata__", None)
-    tensors = {}
+    sources, spans = {}, []
     for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        dtype = SAFETENSORS_DTYPES.get(entry["dtype"])
-        if dtype is None or end - begin != math.prod(entry["shape"]) * dtype.itemsize or start + end > size:
-            raise ValueError(f"{path}: tensor {name} ({entry['dtype']}, {entry['shape']}) is cut off or of an unknown type")
-        flat = torch.frombuffer(data, dtype=dtype, count=math.prod(entry["shape"]), offset=start + begin) if end > begin \
-            else torch.empty(0, dtype=dtype)
-        tensors[name] = flat.view(entry["shape"])
-    return tensors
+        try:
+            dtype, shape, (begin, end) = SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+            possible = all(type(n) is int and n >= 0 for n in (*shape, begin)) and end == begin + math.prod(shape) * dtype.itemsize
+        except (KeyError, TypeError, ValueError):
+            possible = False
+        if not possible:
+            raise ValueError(f"{file}: tensor {name} has an impossible size or an unknown type: {str(entry)[:100]}")
+        if start + end > size:
+            raise ValueError(f"{file}: cut off: it has {size} bytes, and tensor {name} ends at {start + end}")
+        sources[name] = Source(file, shape, dtype, partial(map_tensor, file, start + begin, shape, dtype))
+        spans.append((begin, end, name))
+    filled = 0
+    for begin, end, name in sorted(spans):
+        if begin != filled:
+            raise ValueError(f"{file}: tensor {name} {'overlaps the one before it' if begin < filled else 'comes after a hole'}")
+        filled = end
+    if start + filled != size:
+        raise ValueError(f"{file}: {size - start - filled} bytes after the last tensor belong to none")
+    return Weights(file, sources)
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors in the safetensors format, wide types first so that every tensor stays aligned."""
-    names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
-    header, offset = {}, 0
-    ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
-    for name, tensor in ordered:
-        size = tensor.numel() * tensor.dtype.itemsize
-        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, offset + size]}
-        offset += size
-    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for _, tensor in ordered:
-            file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+def read_pickle(file: Path) -> dict[str, Tensor]:
+    """Map the tensors of a file written by torch.save; ValueError naming the file if it is torn or holds anything else.
+
+    Nothing in it is executed: torch's restricted unpickler refuses all but tensors and plain containers.
+    """
+    try:
+        content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # torch raises a dozen kinds, some for a torn file, some for a hostile one
+        if isinstance(error, pickle.UnpicklingError):
+            raise ValueError(f"{file}: not a plain dictionary of tensors; what else its pickle holds is never executed") from None
+        raise ValueError(f"{file}: cut off, or not a file of torch.save since version 1.6; fetch it again or save it anew") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: holds {type(content).__name__}, expected a dictionary of tensors")
+    for name, tensor in content.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{file}: entry {name} is {type(tensor).__name__}, expected a tensor")
+    return content
+
+
+def read_bin(file: Path) -> Weights:
+    """Map a pytorch_model*.bin file."""
+    tensors = read_pickle(file)
+    return Weights(file, {name: Source(file, tuple(x.shape), x.dtype, partial(tensors.get, name)) for name, x in tensors.items()})
+
+
+def read_indexed(index: Path, read: Callable[[Path], Weights]) -> Weights:
+    """Read the files that an index names; every tensor has to be where it says."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) and Path(name).name == name for name in places.values()):
+        raise ValueError(f"{index}: has no weight_map, from tensors to files beside it")
+    files: dict[str, Weights] = {}
+    for tensor, name in places.items():
+        file = index.with_name(name)
+        if not file.is_file():
+            raise ValueError(f"{file}: no such file, but {index.name} says it holds tensor {tensor}")
+        if name not in files:
+            files[name] = read(file)
+        if tensor not in files[name]:
+            raise ValueError(f"{file}: tensor {tensor} is missing, but {index.name} says it is there")
+    return Weights(index, {tensor: files[name].sources[tensor] for tensor, name in places.items()})
+
+
+def join(parts: Sequence[Tensor], axis: int, heads: int) -> Tensor:
+    """Put the parts of a model-parallel tensor together; with `heads`, bring rows that turn as neighbours into halves."""
+    whole = torch.cat(list(parts), axis) if len(parts) > 1 else parts[0]
+    return whole.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2) if heads else whole
+
+
+def read_meta(path: Path) -> Weights:
+    """Map Meta's consolidated.NN.pth files; every tensor is joined when it is asked for, q and k in Hugging Face's row order."""
+    config = read_config(path)
+    files = sorted(path.glob("consolidated.*.pth"))
+    for i, file in enumerate(files or [None]):
+        if file != path / f"consolidated.{i:02d}.pth":
+            raise ValueError(f"{path}/consolidated.{i:02d}.pth: no such file")
+    shards = [read_pickle(file) for file in files]
+    sources = {}
+    for name, first in shards[0].items():
+        if name == "rope.freqs":  # computed, not learnt
+            continue
+        place = re.fullmatch(r"(?:layers\.(\d+)\.)?(.+)\.weight", name)
+        if not place or place[2] not in META:
+            raise ValueError(f"{files[0]}: tensor {name} is none of a LLaMA's")
+        ours, axis = META[place[2]]
+        for file, shard in zip(files, shards):
+            if name not in shard:
+                raise ValueError(f"{file}: tensor {name} is missing, but {files[0].name} has it")
+            if shard[name].shape != first.shape or first.dim() != (1 if axis is None else 2):
+                raise ValueError(f"{file}: tensor {name} has shape {tuple(shard[name].shape)}, which is no part of a model's")
+        shape = tuple(n * len(files) if i == axis else n for i, n in enumerate(first.shape))
+        heads = {"attention.wq": config.n_heads, "attention.wk": config.n_kv_heads}.get(place[2], 0)
+        parts = [shard[name] for shard in shards][:1 if axis is None else None]
+        layer = f"model.layers.{place[1]}." if place[1] else ""
+        sources[f"{layer}{ours}.weight"] = Source(files[0], shape, first.dtype, partial(join, parts, axis or 0, heads))
+    embeddings = sources.get("model.embed_tokens.weight")
+    if embeddings and embeddings.shape[1] != config.dim:
+        raise ValueError(f"{files[-1]}: tensor tok_embeddings.weight has {embeddings.shape[1]} columns in the {len(files)} files "
+                         f"up to this one, params.json says {config.dim}: files are missing, or too many")
+    return Weights(path, sources)
+
+
+def read_weights(path: str | Path) -> Weights:
+    """Map the weights of the model in folder `path`, in whichever layout they are; ValueError says what is wrong with them."""
+    path = Path(path)
+    if is_meta(path):
+        return read_meta(path)
+    for name, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_bin)):
+        if (path / name).is_file():
+            return read(path / name)
+        if (path / f"{name}.index.json").is_file():
+            return read_indexed(path / f"{name}.index.json", read)
+    raise ValueError(f"{path}: holds no weights: no model.safetensors, no pytorch_model.bin and no index of either")
 
 
 def read_json(path: Path) -> dict:
@@ -540,114 +692,211 @@ def read_json(path: Path) -> dict:
     return content
 
 
+def is_meta(path: Path) -> bool:
+    return not (path / "config.json").is_file() and (path / "params.json").is_file()
+
+
 def read_config(path: str | Path) -> ModelConfig:
     """Read the shape of the model in folder `path`; whatever this code cannot compute is refused by name."""
-    file = Path(path) / "config.json"
+    path = Path(path)
+    file = path / ("params.json" if is_meta(path) else "config.json")
     if not file.is_file():
-        raise ValueError(f"{path}: no model folder: it has no config.json")
-    c = read_json(file)
-    missing = [k for k in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size") if k not in c]
+        raise ValueError(f"{path}: no model folder: it has no config.json (Hugging Face) and no params.json (Meta)")
+    content = read_json(file)
+    if is_meta(path) and content.get("vocab_size", -1) == -1:
+        content["vocab_size"] = len(read_pickle(path / "consolidated.00.pth").get("tok_embeddings.weight", ()))
+    try:
+        return meta_config(content) if is_meta(path) else huggingface_config(content)
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def huggingface_config(c: dict) -> ModelConfig:
+    """Translate the content of a config.json."""
+    missing = [name for name in SIZES if not isinstance(c.get(name), int)]
     if missing:
-        raise ValueError(f"{file}: lacks {', '.join(missing)}: not the config of a LLaMA")
-    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
-    heads = c["num_attention_heads"]
+        raise ValueError(f"lacks {', '.join(missing)}: not the config of a LLaMA")
+    heads, context = c["num_attention_heads"], c.get("max_position_embeddings", 2048)
+    rope = {**(c.get("rope_scaling") or {}), **(c.get("rope_parameters") or {})}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    unknown = sorted(name for name, value in c.items() if value and name not in UNDERSTOOD | INERT and not name.startswith("_"))
+    window = c.get("sliding_window")
     refused = [
         (c.get("model_type") not in SUPPORTED_TYPES, f"model_type {c.get('model_type')!r} (supported: {', '.join(SUPPORTED_TYPES)})"),
         (c.get("hidden_act", "silu") != "silu", f"hidden_act {c.get('hidden_act')!r}"),
-        (bool(c.get("attention_bias") or c.get("mlp_bias")), "biases"),
-        (rope.get("rope_type", rope.get("type", "default")) != "default", f"rope scaling {rope}"),
+        (c.get("attention_bias"), "attention_bias"), (c.get("mlp_bias"), "mlp_bias"),
+        (kind not in ("default", "linear"), f"rope scaling of type {kind!r}"),
+        (rope.keys() - {"rope_type", "type", "rope_theta", *(["factor"] if kind == "linear" else [])}, f"rope scaling {rope}"),
         (c.get("head_dim") not in (None, c["hidden_size"] // heads), f"head_dim {c.get('head_dim')} other than hidden_size / heads"),
-        (c.get("sliding_window") is not None and c["sliding_window"] < c.get("max_position_embeddings", 2048), "sliding-window attention"),
+        (window is not None and window < context,
+         f"sliding_window {window} (within it attention is full: lower max_position_embeddings to it to use the model so)"),
+        (set(c.get("layer_types") or []) - {"full_attention"}, f"layer_types {c.get('layer_types')}"),
+        (c.get("pretraining_tp", 1) not in (None, 1), f"pretraining_tp {c.get('pretraining_tp')} (1 gives the same up to rounding)"),
+        (c.get("attention_dropout"), "attention_dropout"), (c.get("quantization_config"), "quantization_config"),
+        (unknown, f"the unknown entry {', '.join(unknown)} (remove it if the model is the same without it)"),
     ]
     for present, what in refused:
         if present:
-            raise ValueError(f"{file}: {what} is not supported")
-    try:
-        return ModelConfig(
-            dim=c["hidden_size"], n_layers=c["num_hidden_layers"], n_heads=heads, n_kv_heads=c.get("num_key_value_heads") or heads,
-            vocab_size=c["vocab_size"], ffn_dim=c["intermediate_size"], max_seq_len=c.get("max_position_embeddings", 2048),
-            norm_eps=c.get("rms_norm_eps", 1e-6), rope_theta=float(rope.get("rope_theta", c.get("rope_theta", 10000.0))),
-            tie_embeddings=bool(c.get("tie_word_embeddings", False)))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{file}: {error}")
+            raise ValueError(f"{what} is not supported")
+    return ModelConfig(
+        dim=c["hidden_size"], n_layers=c["num_hidden_layers"], n_heads=heads, n_kv_heads=c.get("num_key_value_heads") or heads,
+        vocab_size=c["vocab_size"], ffn_dim=c["intermediate_size"], max_seq_len=context, norm_eps=float(c.get("rms_norm_eps", 1e-6)),
+        rope_theta=float(rope.get("rope_theta") or c.get("rope_theta") or 10000.0),
+        tie_embeddings=bool(c.get("tie_word_embeddings", False)), rope_scaling=float(rope.get("factor", 1.0)))
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Memory-map all weights of the model in folder `path`: one model.safetensors, or the files its index names."""
-    path = Path(path)
-    index = path / "model.safetensors.index.json"
-    names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
-    tensors: dict[str, Tensor] = {}
-    for name in names:
-        if not (path / name).is_file():
-            raise ValueError(f"{path / name}: no such file: the folder holds no safetensors weights, or not all of them")
-        tensors.update(read_safetensors(path / name))
-    return tensors
+def meta_config(p: dict) -> ModelConfig:
+    """Translate the content of a params.json.
+
+    It does not tell the context. Unless someone wrote a max_seq_len into it: CodeLlama, told by its rope_theta, has 16384;
+    LLaMA 1, told by its norm_eps of 1e-6 (65B: by its size without grouped heads), 2048; LLaMA 2 4096.
+    """
+    missing = sorted({"dim", "n_layers", "n_heads", "multiple_of", "norm_eps"} - p.keys())
+    unknown = sorted(p.keys() - META_PARAMS)
+    if missing or unknown:
+        raise ValueError(f"lacks {', '.join(missing)}" if missing else f"{', '.join(unknown)} is not supported: not the params of a LLaMA 1 or 2")
+    theta, kv_heads = p.get("rope_theta") or 10000.0, p.get("n_kv_heads")
+    first = p["norm_eps"] < 5e-6 or p["dim"] == 8192 and not kv_heads
+    ffn_dim = int((p.get("ffn_dim_multiplier") or 1) * int(2 * 4 * p["dim"] / 3))
+    return ModelConfig(
+        dim=p["dim"], n_layers=p["n_layers"], n_heads=p["n_heads"], n_kv_heads=kv_heads or p["n_heads"], vocab_size=p["vocab_size"],
+        ffn_dim=-(-ffn_dim // p["multiple_of"]) * p["multiple_of"], norm_eps=p["norm_eps"], rope_theta=float(theta),
+        max_seq_len=p.get("max_seq_len") or (16384 if theta > 10000 else 2048 if first else 4096))
 
 
-def check_weights(model: nn.Module, weights: Mapping[str, Tensor], path: str | Path) -> None:
-    """Raise ValueError unless `weights` hold every parameter of `model` in its shape."""
-    for name, parameter in model.named_parameters():
+def check_weights(model: nn.Module, weights: Weights) -> None:
+    """Raise ValueError unless `weights` hold exactly the parameters of `model`, in their shapes; nothing is read.
+
+    Left aside are an lm_head that the model has no use for and the rotary frequencies that old checkpoints hold.
+    """
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
         if name not in weights:
-            raise ValueError(f"{path}: tensor {name} is missing")
-        if weights[name].shape != parameter.shape:
-            raise ValueError(f"{path}: tensor {name} has shape {tuple(weights[name].shape)}, config.json says {tuple(parameter.shape)}")
+            raise ValueError(f"{weights.path}: tensor {name} is missing")
+        file, shape, dtype, _ = weights.sources[name]
+        if shape != parameter.shape:
+            raise ValueError(f"{file}: tensor {name} has shape {shape}, the model's config says {tuple(parameter.shape)}")
+        if not dtype.is_floating_point:
+            raise ValueError(f"{file}: tensor {name} holds {dtype}, expected floating point")
+    for name, source in weights.sources.items():
+        if name not in parameters and name != "lm_head.weight" and not name.endswith(".rotary_emb.inv_freq"):
+            raise ValueError(f"{source.file}: tensor {name} is none of this model's")
+
+
+def materialize(model: nn.Module, device: str | torch.device) -> nn.Module:
+    """Give a model on the meta device memory, not yet filled; tied embeddings stay one parameter."""
+    model.to_empty(device=device)
+    if isinstance(model, Transformer) and model.config.tie_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model
 
 
 def load_pretrained(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
                     kind: type[nn.Module] = Transformer) -> nn.Module:
     """Load a model folder; `kind` ScalarModel reads a sequence classifier with one label (reward model or critic)."""
-    config = read_config(path)
+    config, weights = read_config(path), read_weights(path)
     with torch.device("meta"):
-        model = kind(config)
-    weights = read_weights(path)
-    check_weights(model, weights, path)
-    model.to_empty(device=device).to(dtype)
+        model = kind(config).to(dtype)
+    check_weights(model, weights)
+    materialize(model, device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(weights[name])
     return model
 
 
-def config_json(config: ModelConfig, kind: type[nn.Module], bos_id: int, eos_id: int) -> dict:
+# ---------------------------------------------------------------------------------------------
+# Weights out: Hugging Face layout
+
+def write_safetensors(file: Path, tensors: Mapping[str, Tensor], stream: Iterable[Tensor] | None = None) -> None:
+    """Write a .safetensors file, wide types first so that every tensor stays aligned.
+
+    stream: in place of the values of `tensors`, which then only tell names, shapes and (alike) dtypes; taken one at a time.
+    """
+    names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+    header, offset = {}, 0
+    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
+    for name, tensor in ordered.items():
+        size = tensor.numel() * tensor.dtype.itemsize
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    text += b" " * (-len(text) % 8)
+    with open(file, "wb") as handle:
+        handle.write(struct.pack("<Q", len(text)) + text)
+        for tensor in ordered.values() if stream is None else stream:
+            handle.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+
+def plan_shards(tensors: Mapping[str, Tensor], shard_bytes: int) -> dict[str, dict[str, Tensor]]:
+    """Deal tensors out, in order, to files of at most `shard_bytes` (or one tensor) each: file name -> tensors."""
+    shards: list[dict[str, Tensor]] = [{}]
+    room = shard_bytes
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.dtype.itemsize
+        if size > room and shards[-1]:
+            shards.append({})
+            room = shard_bytes
+        shards[-1][name] = tensor
+        room -= size
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, start=1)}
+
+
+def config_json(model: nn.Module, bos_id: int, eos_id: int) -> dict:
     """Return the Hugging Face config.json of a model of ours."""
+    config = model.config
+    scaling = {"type": "linear", "factor": config.rope_scaling} if config.rope_scaling != 1.0 else {}
     common = {
         "model_type": "llama", "hidden_size": config.dim, "intermediate_size": config.ffn_dim, "vocab_size": config.vocab_size,
         "num_hidden_layers": config.n_layers, "num_attention_heads": config.n_heads, "num_key_value_heads": config.n_kv_heads,
         "max_position_embeddings": config.max_seq_len, "rms_norm_eps": config.norm_eps, "hidden_act": "silu",
-        "rope_theta": config.rope_theta, "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "tie_word_embeddings": config.tie_embeddings, "attention_bias": False, "mlp_bias": False, "torch_dtype": "float32",
-        "bos_token_id": bos_id, "eos_token_id": eos_id}
-    if kind is Transformer:
+        "rope_theta": config.rope_theta, "rope_scaling": scaling or None,  # and for transformers since version 5:
+        "rope_parameters": {"rope_type": "linear" if scaling else "default", "rope_theta": config.rope_theta, **scaling},
+        "tie_word_embeddings": config.tie_embeddings, "attention_bias": False, "mlp_bias": False,
+        "torch_dtype": str(next(model.parameters()).dtype).removeprefix("torch."), "bos_token_id": bos_id, "eos_token_id": eos_id}
+    common["rope_parameters"].pop("type", None)
+    if isinstance(model, Transformer):
         return {"architectures": ["LlamaForCausalLM"], **common}
     # transformers reads the score at the last token that is not pad, so pad must not be EOS: 0 is <unk>, never produced
     return {"architectures": ["LlamaForSequenceClassification"], **common, "pad_token_id": 0,
             "id2label": {"0": "score"}, "label2id": {"score": 0}}
 
 
-def save_pretrained(model: nn.Module, path: str | Path, tokenizer: Any = None, weights: Mapping[str, Tensor] | None = None,
-                    extra: Mapping | None = None) -> None:
+def save_pretrained(model: nn.Module, path: str | Path, tokenizer: Any = None, weights: Iterable[tuple[str, Tensor]] | None = None,
+                    extra: Mapping | None = None, shard_bytes: int = 5_000_000_000) -> None:
     """Write a folder that `transformers` and `load_pretrained` load; a new folder appears whole or not at all.
 
-    tokenizer: data.Tokenizer to put beside the weights.   weights: in place of model.state_dict() (a gathered copy).
-    extra: further entries for config.json.
+    tokenizer: data.Tokenizer to put beside the weights.   extra: further entries for config.json.
+    weights: in place of model.named_parameters(), name for name: a sharded model's, gathered one by one as they are written.
+    shard_bytes: with more than this, the weights are cut into several files with an index.
     """
     path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    weights = dict(model.state_dict() if weights is None else weights)
-    if model.config.tie_embeddings:
-        weights.pop("lm_head.weight", None)
+    partial_path = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial_path, ignore_errors=True)
+    partial_path.mkdir(parents=True)
     bos_id, eos_id = (tokenizer.bos_id, tokenizer.eos_id) if tokenizer else (1, 2)
-    config = {**config_json(model.config, type(model), bos_id, eos_id), **(extra or {})}
-    (partial / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    write_safetensors(partial / "model.safetensors", weights)
+    texts = {**(tokenizer.huggingface_files() if tokenizer else {}), "config.json": {**config_json(model, bos_id, eos_id), **(extra or {})}}
+    if isinstance(model, Transformer):
+        texts["generation_config.json"] = {"bos_token_id": bos_id, "eos_token_id": eos_id}
+    parameters = dict(model.named_parameters())
+    shards, stream = plan_shards(parameters, shard_bytes), iter(parameters.items() if weights is None else weights)
+    for name, tensors in shards.items():
+        write_safetensors(partial_path / name, tensors, (tensor for _, tensor in itertools.islice(stream, len(tensors))))
+    if len(shards) > 1:
+        total = sum(p.numel() * p.dtype.itemsize for p in parameters.values())
+        places = {tensor: name for name, tensors in shards.items() for tensor in tensors}
+        texts["model.safetensors.index.json"] = {"metadata": {"total_size": total}, "weight_map": places}
+    for name, content in texts.items():
+        (partial_path / name).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     if tokenizer:
-        shutil.copyfile(tokenizer.path, partial / "tokenizer.model")
+        shutil.copyfile(tokenizer.path, partial_path / "tokenizer.model")
     if not path.exists():
-        os.rename(partial, path)
+        os.rename(partial_path, path)
         return
-    for file in partial.iterdir():
+    for stale in (path / "config.json", *path.glob("model*.safetensors*")):  # without its config.json it is no model folder
+        stale.unlink(missing_ok=True)
+    for file in sorted(partial_path.iterdir(), key=lambda file: file.name == "config.json"):
         os.replace(file, path / file.name)
-    partial.rmdir()
+    partial_path.rmdir()

@@ -22,9 +22,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
-from model import Block, ModelConfig, check_weights, random_weights, read_safetensors, write_safetensors
+from model import Block, ModelConfig, Weights, check_weights, materialize, random_weights, read_safetensors, write_safetensors
 
 # Below this many parameters the whole model is one sharded unit: gathering block by block would cost
 # more in messages than it saves in memory.
@@ -169,24 +169,24 @@ def from_main(make: Callable[[], Any]) -> Any:
 # ---------------------------------------------------------------------------------------------
 # Models
 
-def build(kind: type[nn.Module], config: ModelConfig, weights: Mapping[str, Tensor] | int, machine: Machine,
+def build(kind: type[nn.Module], config: ModelConfig, weights: Weights | int, machine: Machine,
           frozen: bool = False) -> nn.Module:
     """Build a model, sharded when there are several processes, and fill it.
 
-    weights: tensors by parameter name (memory-mapped: each rank reads only its part), or a seed to draw them from.
+    weights: those of files, memory-mapped (each rank reads only its part), or a seed to draw them from.
     frozen: never trained; its shards are held in the dtype of forwards, which rounds nothing that a forward would not.
     """
     with torch.device("meta"):
         model = kind(config).requires_grad_(not frozen)
-    if isinstance(weights, Mapping):
-        check_weights(model, weights, "weights")
+    if isinstance(weights, Weights):
+        check_weights(model, weights)
         tensors: Iterable[tuple[str, Tensor]] = ((name, weights[name]) for name, _ in model.named_parameters())
     else:
         tensors = random_weights(model, weights)
     model.model.recompute = machine.config.activation_checkpointing
     if machine.world > 1:
         shard(model.to(machine.dtype) if frozen else model, machine, offload=frozen and machine.config.offload_frozen)
-    model.to_empty(device="cpu" if frozen and machine.config.offload_frozen else machine.device)
+    materialize(model, torch.device("cpu") if frozen and machine.config.offload_frozen else machine.device)
     parameters = dict(model.named_parameters())
     for name, tensor in tensors:
         local_part(parameters[name]).copy_(split_like(tensor, parameters[name]))
@@ -215,7 +215,11 @@ def split_like(full: Tensor, parameter: Tensor) -> Tensor:
     """Return this rank's part of a full tensor, by the parameter's sharding, without communication."""
     if not isinstance(parameter, DTensor):
         return full
-    return distribute_tensor(full.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
+    for axis, placement in enumerate(parameter.placements):
+        if placement.is_shard():
+            parts, place = full.chunk(parameter.device_mesh.size(axis), placement.dim), parameter.device_mesh.get_local_rank(axis)
+            full = parts[place] if place < len(parts) else full.narrow(placement.dim, 0, 0)
+    return full
 
 
 def reshard(model: nn.Module) -> nn.Module:
@@ -226,14 +230,10 @@ def reshard(model: nn.Module) -> nn.Module:
     return model
 
 
-def full_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Gather the weights on the CPU of rank 0; the other ranks take part and get an empty dict."""
-    weights = {}
+def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Gather the weights one parameter at a time; every rank has to go through all of them, and none has to keep any."""
     for name, parameter in reshard(model).named_parameters():
-        full = parameter.detach().full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            weights[name] = full.to("cpu", copy=True)
-    return weights
+        yield name, parameter.detach().full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
 
 
 @contextmanager

@@ -39,7 +39,7 @@ import reward
 import sft
 from data import DataConfig, Tokenizer
 from eval import EvalConfig
-from model import ModelConfig, ScalarModel, Transformer, generate, last_scores, read_config, read_json, read_weights, save_pretrained
+from model import ModelConfig, ScalarModel, Source, Transformer, generate, last_scores, read_config, read_json, read_weights, save_pretrained
 from parallel import Machine, ParallelConfig
 from ppo import PPOConfig
 from reward import RewardConfig
@@ -53,7 +53,7 @@ STAGES = ("sft", "sample", "annotate", "reward", "ppo", "eval")
 
 @dataclass(frozen=True)
 class ModelSection:
-    path: str = ""                      # model folder (Hugging Face layout with tokenizer.model); "": the shape below, from scratch
+    path: str = ""                      # model folder (Hugging Face or Meta layout, with tokenizer.model); "": the shape below, from scratch
     dim: int = 64                       # width of the embedded world's model; it and all below are ignored when a folder is given
     n_layers: int = 2                   # transformer blocks
     n_heads: int = 4                    # query heads per block
@@ -393,6 +393,8 @@ def save_model(run: Run, model: nn.Module, name: str, extra: Mapping | None = No
     if run.machine.is_main:
         save_pretrained(model, run.out / name, run.tokenizer, weights, extra)
         shutil.rmtree(run.out / "checkpoints" / name, ignore_errors=True)
+    for _ in weights:  # the other ranks take part in gathering what the main one writes
+        pass
     parallel.gather_objects(None)
 
 
@@ -400,11 +402,9 @@ def load_model(run: Run, path: Path, kind: type[nn.Module] = Transformer, frozen
     """Load a model folder, sharded; a scalar model from a language model gets a fresh head."""
     weights = read_weights(path)
     config = read_config(path)
-    if config.tie_embeddings and kind is Transformer:
-        weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
     if kind is ScalarModel and "score.weight" not in weights:
         head = torch.randn(1, config.dim, generator=torch.Generator().manual_seed(run.config.seed)) / (config.dim + 1) ** 0.5
-        weights["score.weight"] = head
+        weights.sources["score.weight"] = Source(path, tuple(head.shape), head.dtype, lambda: head)
     return parallel.build(kind, config, weights, run.machine, frozen)
 
 
@@ -885,7 +885,8 @@ def prepare_tokenizer(config: Config, out: Path) -> Tokenizer:
     if not config.is_world:
         shape, tokenizer = read_config(config.model.path), Tokenizer(config.model.path)
         if tokenizer.vocab_size > shape.vocab_size:
-            raise ValueError(f"{config.model.path}: the tokenizer has {tokenizer.vocab_size} pieces, the model only {shape.vocab_size} embeddings")
+            raise ValueError(f"{config.model.path}: the tokenizer has {tokenizer.vocab_size} pieces, the model only {shape.vocab_size} embeddings: "
+                             "give it the tokenizer it was trained with, or resize it (transformers: resize_token_embeddings)")
         return tokenizer
     path = out / "tokenizer.model"
     if not path.exists():

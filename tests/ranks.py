@@ -43,6 +43,10 @@ def reward_batches(machine: parallel.Machine, size: int) -> list[reward.Batch]:
     return [reward.Batch(*data.pad([rows[3 * i + g] for i in part for g in range(3)]), ranks[part]) for part in machine.share(torch.arange(8), size)]
 
 
+def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in parallel.full_weights(model)}
+
+
 def steps(out: Path, size: int, machine: parallel.Machine) -> None:
     """Take the steps with micro-batches of `size` rows, and write weights and numbers to `out`."""
     results: dict[str, dict[str, torch.Tensor]] = {}
@@ -52,7 +56,7 @@ def steps(out: Path, size: int, machine: parallel.Machine) -> None:
         model = parallel.build(kind, CONFIG, 0, machine)
         optimizer = parallel.adamw(model, 0.1)
         numbers[name] = [update(model, optimizer, [Term(loss, batches)], 1e-3, 0.5, machine) for _ in range(2)]
-        results[name] = parallel.full_weights(model)
+        results[name] = weights_of(model)
         if name == "sft":
             parallel.save_checkpoint(out / "checkpoints" / "1", {"model": (model, optimizer)}, {"kl_coef": 0.3}, machine)
             numbers["after"] = update(model, optimizer, [Term(loss, batches)], 1e-3, 0.5, machine)
@@ -61,7 +65,7 @@ def steps(out: Path, size: int, machine: parallel.Machine) -> None:
             state = parallel.load_checkpoint(out / "checkpoints" / "1", {"model": (fresh, fresh_optimizer)})
             assert state["kl_coef"] == 0.3
             assert update(fresh, fresh_optimizer, [Term(loss, batches)], 1e-3, 0.5, machine) == numbers["after"]
-            resumed, straight = parallel.full_weights(fresh), parallel.full_weights(model)
+            resumed, straight = weights_of(fresh), weights_of(model)
             assert all(torch.equal(resumed[k], straight[k]) for k in straight)
 
     config = ppo.PPOConfig(batch_size=8, minibatch_size=4, microbatch_size=size, epochs=2)
@@ -76,7 +80,7 @@ def steps(out: Path, size: int, machine: parallel.Machine) -> None:
     losses = partial(ppo.actor_loss, config=config, kl_coef=0.1), partial(ppo.critic_loss, config=config)
     updates = [lambda batches, i=i: update(models[i], optimizers[i], [Term(losses[i], batches)], 1e-3, 1.0, machine) for i in (0, 1)]
     numbers["ppo"] = [stats, *ppo.learn(rollout, config, *updates, seed=0, share=machine.share)]
-    results["actor"], results["critic"] = (parallel.full_weights(model) for model in models[:2])
+    results["actor"], results["critic"] = (weights_of(model) for model in models[:2])
     if machine.is_main:
         out.mkdir(parents=True, exist_ok=True)
         weights = {f"{name}.{key}": tensor for name, tensors in results.items() for key, tensor in tensors.items()}
