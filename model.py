@@ -590,6 +590,8 @@ def read_pickle(file: Path) -> dict[str, Tensor]:
 
     Nothing in it is executed: torch's restricted unpickler refuses all but tensors and plain containers.
     """
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file")
     try:
         content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # torch raises a dozen kinds, some for a torn file, some for a hostile one

@@ -1,0 +1,23 @@
+"""What test_weights.py runs under two processes: load folders, sharded, and write them again.
+`reload.py OUT FOLDER...` writes OUT/<name of the folder> for each, a reward model for a folder named so."""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+
+import parallel
+import train
+from model import ScalarModel, Transformer
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    MACHINE = parallel.start("float32")
+    RUN = train.Run(train.Config(), MACHINE, Path(sys.argv[1]), None)
+    for number, folder in enumerate(map(Path, sys.argv[2:])):
+        parallel.BLOCKWISE_ABOVE = 0 if number % 2 else 20_000_000
+        model = train.load_model(RUN, folder, ScalarModel if folder.name == "reward" else Transformer)
+        model(torch.tensor([[1, 5, 9]]))
+        train.save_model(RUN, model, folder.name)
+    parallel.stop()
