@@ -61,8 +61,8 @@ class ModelConfig:
             raise ValueError(f"dim={self.dim} must be a multiple of 2 * n_heads={2 * self.n_heads}: rotary pairs")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads={self.n_heads} must be a multiple of n_kv_heads={self.n_kv_heads}")
-        if min(self.norm_eps, self.rope_theta, self.rope_scaling) <= 0:
-            raise ValueError(f"norm_eps, rope_theta and rope_scaling must be positive: {self}")
+        if min(self.rope_theta, self.rope_scaling) <= 0:
+            raise ValueError(f"rope_theta={self.rope_theta} and rope_scaling={self.rope_scaling} must be positive")
 
 
 class Grid(NamedTuple):
@@ -601,7 +601,7 @@ def read_pickle(file: Path) -> dict[str, Tensor]:
     if not isinstance(content, dict):
         raise ValueError(f"{file}: holds {type(content).__name__}, expected a dictionary of tensors")
     for name, tensor in content.items():
-        if not isinstance(tensor, Tensor):
+        if not isinstance(tensor, Tensor) or not isinstance(name, str):
             raise ValueError(f"{file}: entry {name} is {type(tensor).__name__}, expected a tensor")
     return content
 
