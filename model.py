@@ -406,6 +406,16 @@ def row_uniforms(seed: int, rows: Sequence[int], length: int) -> Tensor:
     return torch.stack([torch.rand(length, generator=generator.manual_seed((seed * 1_000_003 + row) % 2**63)) for row in rows])
 
 
+def check_lengths(model: Transformer, prompts: list[list[int]], max_new_tokens: int) -> None:
+    """Raise ValueError for an empty prompt, or one that with max_new_tokens exceeds the model's context."""
+    lengths = [len(p) for p in prompts]
+    if min(lengths) == 0:
+        raise ValueError("a prompt is empty: it needs at least the BOS token")
+    if max(lengths) + max_new_tokens > model.config.max_seq_len:
+        raise ValueError(f"the longest prompt has {max(lengths)} tokens and {max_new_tokens} new ones are asked for, "
+                         f"but the model's context is {model.config.max_seq_len}")
+
+
 @torch.no_grad()
 def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, temperature: float = 1.0, top_k: int = 0,
              top_p: float = 1.0, eos_id: int | None = None, seed: int = 0, rows: Sequence[int] | None = None,
@@ -421,12 +431,7 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, 
     """
     if not prompts:
         return Generation([], [])
-    lengths = [len(p) for p in prompts]
-    if min(lengths) == 0:
-        raise ValueError("a prompt is empty: it needs at least the BOS token")
-    if max(lengths) + max_new_tokens > model.config.max_seq_len:
-        raise ValueError(f"the longest prompt has {max(lengths)} tokens and {max_new_tokens} new ones are asked for, "
-                         f"but the model's context is {model.config.max_seq_len}")
+    check_lengths(model, prompts, max_new_tokens)
     rows = range(len(prompts)) if rows is None else rows
     parts = [generate_batch(model, prompts[i:i + batch_size], max_new_tokens, temperature, top_k, top_p, eos_id,
                             row_uniforms(seed, rows[i:i + batch_size], max_new_tokens)) for i in range(0, len(prompts), batch_size)]
@@ -436,25 +441,36 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, 
 def generate_batch(model: Transformer, prompts: list[list[int]], max_new_tokens: int, temperature: float, top_k: int,
                    top_p: float, eos_id: int | None, noise: Tensor) -> Generation:
     """Continue one batch of prompts; noise: (B, max_new_tokens) float32 in [0, 1)."""
+    device = model.lm_head.weight.device
+    taken = torch.zeros(len(prompts), max_new_tokens, dtype=torch.int64, device=device)
+    scored = torch.zeros(len(prompts), max_new_tokens, device=device)
+    for step, (alive, tokens, logprobs) in enumerate(generation_steps(model, prompts, max_new_tokens, temperature, top_k, top_p, eos_id, noise)):
+        taken[alive, step], scored[alive, step] = tokens, logprobs
+    is_eos = taken == (-1 if eos_id is None else eos_id)
+    ends = (is_eos.int().argmax(1) + 1).where(is_eos.any(1), max_new_tokens).tolist()  # argmax: the first one
+    return Generation([row[:n] for row, n in zip(taken.tolist(), ends)], [row[:n] for row, n in zip(scored.tolist(), ends)])
+
+
+def generation_steps(model: Transformer, prompts: list[list[int]], max_new_tokens: int, temperature: float, top_k: int, top_p: float,
+                     eos_id: int | None, noise: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield, for every step until all have ended, the prompts still in the batch, their new tokens and those's log-probabilities: (B',) each.
+
+    A prompt stays in the batch for a while after its EOS; what is yielded for it then means nothing.
+    """
     device, lengths = model.lm_head.weight.device, [len(p) for p in prompts]
     noise = noise.to(device)
     logits, caches = prefill(model, prompts, lengths, max(lengths) + max_new_tokens)
     positions = torch.tensor(lengths, device=device)
     alive = torch.arange(len(prompts), device=device)         # prompts still in the batch
     finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)  # of the batch, not of all prompts
-    taken = torch.zeros(len(prompts), max_new_tokens, dtype=torch.int64, device=device)
-    scored = torch.zeros(len(prompts), max_new_tokens, device=device)
-    count = torch.full((len(prompts),), max_new_tokens, device=device)
     for step in range(max_new_tokens):
         tokens, logprobs = choose(logits, noise[alive, step], temperature, top_k, top_p)
-        taken[alive, step], scored[alive, step] = tokens, logprobs
+        yield alive, tokens, logprobs
         if eos_id is not None:
-            ends = (tokens == eos_id) & ~finished
-            count[alive[ends]] = step + 1
-            finished = finished | ends
+            finished = finished | (tokens == eos_id)
             live = (~finished).nonzero()[:, 0]
             if len(live) == 0:
-                break
+                return
             if len(live) <= 0.85 * len(finished):
                 alive, tokens, positions, finished = alive[live], tokens[live], positions[live], finished[live]
                 for cache in caches:
@@ -463,8 +479,15 @@ def generate_batch(model: Transformer, prompts: list[list[int]], max_new_tokens:
             rope = rope_table(positions[:, None], model.config)
             hidden = model.model.run(tokens, rope, Grid(len(tokens), 1, None), caches, positions)
             logits, positions = model.lm_head(hidden), positions + 1
-    ends = count.tolist()
-    return Generation([row[:n] for row, n in zip(taken.tolist(), ends)], [row[:n] for row, n in zip(scored.tolist(), ends)])
+
+
+@torch.no_grad()
+def stream(model: Transformer, prompt: list[int], max_new_tokens: int, temperature: float = 1.0, eos_id: int | None = None, seed: int = 0,
+           row: int = 0) -> Iterator[int]:
+    """Yield one by one the tokens that `generate` returns for this prompt and row."""
+    check_lengths(model, [prompt], max_new_tokens)
+    for _, tokens, _ in generation_steps(model, [prompt], max_new_tokens, temperature, 0, 1.0, eos_id, row_uniforms(seed, [row], max_new_tokens)):
+        yield tokens.item()
 
 
 def prefill(model: Transformer, prompts: list[list[int]], lengths: list[int], slots: int) -> tuple[Tensor, list[Cache]]:
