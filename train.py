@@ -34,6 +34,7 @@ import data
 import eval as evaluation
 import microcosm
 import parallel
+import plan
 import ppo
 import reward
 import sft
@@ -78,6 +79,9 @@ class Config:
     stages: tuple[str, ...] = STAGES    # a contiguous part of the recipe; earlier results are found in out or base
     resume: bool = False                # continue the run in `out` where it stopped
     dtype: str = "auto"                 # auto | float32 | bfloat16: of forwards; parameters are float32 always
+    plan: bool = False                  # print every stage's peak memory for --model (a folder, 7b, 13b, 34b or 70b) and stop
+    ranks: int = 8                      # processes that --plan plans for
+    gpu_memory: float = 80.0            # of one GPU, for --plan [GB]
     checkpoint_every: int = 200         # optimizer steps between resumable checkpoints, PPO's counted as they come; 0: never
 
     @property
@@ -97,7 +101,7 @@ PRETRAINED_DEFAULTS = {
 }
 
 
-PER_CALL = ("out", "stages", "resume")  # flags that one command's call does not hand on to the next
+PER_CALL = ("out", "stages", "resume", "plan", "ranks", "gpu_memory")  # flags that one command's call does not hand on to the next
 
 
 def parse_value(text: str, hint: Any, flag: str) -> Any:
@@ -178,7 +182,8 @@ def parse_args(args: Sequence[str]) -> Config:
     values = {flag: value for flag, value in config_from_file(source).items() if flag not in PER_CALL} if source else {}
     if not values and given.get("model.path"):
         values = dict(PRETRAINED_DEFAULTS)
-    return check(unflatten({**values, **given}))
+    config = unflatten({**values, **given})
+    return config if config.plan else check(config)
 
 
 def world_shape(config: Config, **own: int) -> ModelConfig:
@@ -187,6 +192,13 @@ def world_shape(config: Config, **own: int) -> ModelConfig:
     shape = {"dim": m.dim, "n_layers": m.n_layers, "n_heads": m.n_heads, "ffn_dim": m.ffn_dim, **{k: v for k, v in own.items() if v}}
     heads = shape["n_heads"] if own.get("n_heads") else m.n_kv_heads
     return ModelConfig(n_kv_heads=heads, vocab_size=m.vocab_size, max_seq_len=m.max_seq_len, **shape)
+
+
+def plan_shapes(config: Config) -> tuple[ModelConfig, ModelConfig]:
+    """Return the shapes of the actor, and of reward model and critic, for --plan."""
+    if config.is_world:
+        return world_shape(config), reward_shape(config) or world_shape(config)
+    return plan.named_shape(config.model.path), plan.named_shape(config.reward.model or config.model.path)
 
 
 def reward_shape(config: Config) -> ModelConfig | None:
@@ -902,6 +914,8 @@ def prepare_tokenizer(config: Config, out: Path) -> Tokenizer:
 def main(args: Sequence[str]) -> None:
     """Run the stages asked for."""
     config = parse_args(args)
+    if config.plan:
+        return plan.main(config, plan_shapes(config))
     machine = parallel.start(config.dtype, config.parallel)
     check_ranks(config, machine.world)
     out = parallel.from_main(lambda: open_folder(config))

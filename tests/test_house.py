@@ -15,7 +15,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 # Imports point one way; `microcosm` stands for its package.
 MAY_IMPORT = {
     "model": set(), "data": set(), "microcosm": set(), "sft": {"model"}, "reward": {"model"}, "ppo": {"model"}, "parallel": {"model"},
-    "eval": {"model", "data", "microcosm"}, "train": {"sft", "reward", "ppo", "eval", "data", "model", "parallel", "microcosm"},
+    "plan": {"sft", "reward", "ppo", "parallel", "model"},
+    "eval": {"model", "data", "microcosm"}, "train": {"plan", "sft", "reward", "ppo", "eval", "data", "model", "parallel", "microcosm"},
 }
 REQUIRED = {"torch", "numpy", "sentencepiece", "tqdm", "pytest"}
 OPTIONAL = {("eval", "matplotlib")}  # imported only where it is used, and asked for by name
@@ -57,7 +58,7 @@ def test_five_packages_are_required():
 @pytest.mark.parametrize("name", FILES)
 def test_only_the_machine_knows_of_processes(name):
     uses = "torch.distributed" in FILES[name].read_text(encoding="utf-8").replace("torch.distributed.run", "")
-    assert not uses or name in ("train", "parallel")
+    assert not uses or name in ("train", "parallel", "plan")
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -1,0 +1,126 @@
+"""The plan against what real runs allocate, as the profiler sees it, and against itself where it extrapolates."""
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import parallel
+import plan
+import ppo
+import reward
+import sft
+import train
+from model import ModelConfig, ScalarModel, Transformer
+
+ROOT = Path(__file__).parents[1]
+SHAPE = ModelConfig(dim=128, n_layers=4, n_heads=4, n_kv_heads=2, vocab_size=900, ffn_dim=352, max_seq_len=256)
+PROMPT, RESPONSE = 60, 68
+
+
+def planner(**flags) -> plan.Planner:
+    """Return a planner for one process in float32 with full-length micro-batches of three."""
+    values = {"ranks": 1, "dtype": "float32", "data.max_prompt_tokens": PROMPT, "data.max_response_tokens": RESPONSE, "sft.microbatch_size": 3,
+              "reward.microbatch_size": 1, "reward.temperatures": (1.0, 1.0, 1.0), "ppo.microbatch_size": 3, **flags}
+    return plan.Planner(train.unflatten(values), SHAPE, SHAPE)
+
+
+def peak_of(step) -> int:
+    """Return the highest sum of what `step` allocates and has not freed yet [bytes], from the profiler's allocator events."""
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        step()
+    total = peak = 0
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        total += event.nbytes()
+        peak = max(peak, total)
+    return peak
+
+
+def full_grid(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return tokens and the mask of a response that fills the row's end."""
+    tokens = torch.randint(3, SHAPE.vocab_size, (rows, PROMPT + RESPONSE))
+    mask = torch.zeros_like(tokens, dtype=torch.bool)
+    mask[:, PROMPT:] = True
+    return tokens, mask
+
+
+def real_loss(stage: str):
+    """Return the kind of model and the real loss of a micro-batch with content."""
+    tokens, mask = full_grid(3)
+    if stage == "sft":
+        return Transformer, lambda model: sft.loss(model, sft.Batch(tokens, None, mask))[0]
+    if stage == "reward":
+        return ScalarModel, lambda model: reward.loss(model, reward.Batch(tokens, torch.ones_like(mask), torch.tensor([[1.0, 2.0, 3.0]])))[0]
+    grid = torch.zeros(tokens.shape)
+    rollout = ppo.Rollout(tokens, None, mask, grid, grid, grid, torch.zeros(3), mask[:, 0], grid, grid, grid, grid, mask.float())
+    return Transformer, lambda model: ppo.actor_loss(model, rollout, ppo.PPOConfig(), 0.1)[0]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo update"])
+def test_plan_is_what_a_real_run_allocates(stage, recompute):
+    """Activations and logits within 10 %; parameters, gradients and Adam's moments to the byte."""
+    planned = plan.STAGES[stage](planner(**{"parallel.activation_checkpointing": recompute}))
+    kind, loss = real_loss(stage)
+    with torch.device("cpu"):
+        model = kind(SHAPE)
+    model.model.recompute = recompute
+    optimizer = parallel.adamw(model, 0.0)
+    loss(model).backward()
+    gradients = sum(p.grad.nbytes for p in model.parameters())
+    optimizer.step()
+    moments = sum(state[key].nbytes for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq"))
+    if stage != "ppo update":  # there all four models count
+        assert (planned.parameters, planned.gradients, planned.optimizer) == (sum(p.nbytes for p in model.parameters()), gradients, moments)
+    real = peak_of(lambda: loss(model).backward())
+    assert planned.activations + planned.logits == pytest.approx(real, rel=0.1)
+
+
+@pytest.mark.parametrize("flags", [{"ranks": 1}, {"ranks": 8}, {"ranks": 8, "parallel.activation_checkpointing": True, "parallel.replicas": 2}], ids=str)
+@pytest.mark.parametrize("stage", ["ppo rollout", "ppo update"])
+def test_a_few_blocks_foretell_many(monkeypatch, stage, flags):
+    """Seven blocks, all simulated, and four and five of them carried on."""
+    monkeypatch.setattr(parallel, "BLOCKWISE_ABOVE", 1_000)
+    config = train.unflatten({"data.max_prompt_tokens": PROMPT, "data.max_response_tokens": RESPONSE, "ppo.batch_size": 32, **flags})
+    shape = replace(SHAPE, n_layers=7)
+    few = plan.plan_stage(stage, config, shape, shape)
+    monkeypatch.setattr(plan, "FEW", 7)
+    assert sum(few) == pytest.approx(sum(plan.plan_stage(stage, config, shape, shape)), rel=0.01)
+
+
+def test_shards_are_arithmetic():
+    """Seven ranks: every parameter's rows are split, rounded up."""
+    with plan.fake_group(7):
+        planned = plan.Planner(train.unflatten({"ranks": 7}), SHAPE, SHAPE)
+        with torch.device("meta"):
+            expected = sum(-(-p.shape[0] // 7) * p[0].numel() * 4 for p in Transformer(SHAPE).parameters())
+        assert planned.held(Transformer, SHAPE) == expected
+
+
+def command(*flags: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "train.py", "--plan", *flags], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_thirteen_billion_parameters_on_eight_gpus():
+    done = command("--model=13b", "--ranks=8", "--gpu_memory=80", "--parallel.activation_checkpointing=true", "--parallel.offload_frozen=true", "--ppo.generation_batch=8")
+    assert done.returncode == 0 and done.stdout.count("  fits") == 4, done.stdout + done.stderr
+
+
+def test_advice_fits_when_taken():
+    done = command("--model=7b", "--ranks=4", "--gpu_memory=80")
+    advice = [line.split("fits with ")[1].split() for line in done.stdout.splitlines() if "fits with" in line]
+    assert advice and "does not fit" in done.stdout
+    config = train.parse_args(["--plan", "--model=7b", "--ranks=4", *advice[-1]])
+    parts = plan.plan_stage("ppo update", config, plan.SIZES["7b"], plan.SIZES["7b"])
+    assert sum(parts) <= 80e9 - plan.RESERVE
+
+
+@pytest.mark.parametrize("flags,message", [(["--model=9b"], "neither a model folder nor one of 7b, 13b, 34b, 70b"), (["--model=7b", "--ranks=0"], "--ranks=0"),
+                                           (["--model=7b", "--ranks=6", "--parallel.replicas=4"], "multiple of --parallel.replicas=4")])
+def test_bad_plans(flags, message):
+    done = command(*flags)
+    assert done.returncode == 2 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1
