@@ -503,15 +503,23 @@ def parse_pair(row: Row) -> Iterator[Example]:
     yield make_example(chosen_prompt, [chosen, rejected], [1, 2])
 
 
-def parse_alpaca_eval(row: Row) -> Iterator[Example]:
-    """{instruction, output_1, output_2, preference}: which output wins, 1 or 2, or between them the judge's belief
-    in output 2; 0 and 1.5 are ties; null is not annotated."""
+def get_preference(row: Row) -> float | None:
+    """Return AlpacaEval's judgment: the output that wins, 1 or 2, or between them the judge's belief in output 2.
+
+    1.5 is a tie (0 in older files); None is not annotated.
+    """
     preference = row.get("preference")
-    flaw = "not annotated (preference: null)" if preference is None else ""
-    preference = preference or 0
-    if not isinstance(preference, (int, float)) or preference != 0 and not 1 <= preference <= 2:
+    if preference is not None and (type(preference) not in (int, float) or preference != 0 and not 1 <= preference <= 2):
         raise BadRow("field 'preference' must be null, 0 or a number from 1 to 2", f"got {preference!r}")
-    ranks = [1, 1] if preference in (0, 1.5) else [1, 2] if preference < 1.5 else [2, 1]
+    return preference if preference is None else preference or 1.5
+
+
+def parse_alpaca_eval(row: Row) -> Iterator[Example]:
+    """{instruction, output_1, output_2, preference}: see get_preference."""
+    preference = get_preference(row)
+    flaw = "not annotated (preference: null)" if preference is None else ""
+    preference = preference or 1.5
+    ranks = [1, 1] if preference == 1.5 else [1, 2] if preference < 1.5 else [2, 1]
     yield make_example(alpaca_prompt(row), [get(row, "output_1"), get(row, "output_2")], ranks, flaw)
 
 

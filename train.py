@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import chat
 import data
 import eval as evaluation
 import microcosm
@@ -40,7 +41,7 @@ import reward
 import sft
 from data import DataConfig, Tokenizer
 from eval import EvalConfig
-from model import ModelConfig, ScalarModel, Source, Transformer, generate, last_scores, read_config, read_json, read_weights, save_pretrained
+from model import ModelConfig, ScalarModel, Source, Transformer, generate, read_config, read_json, read_weights, save_pretrained
 from parallel import Machine, ParallelConfig
 from ppo import PPOConfig
 from reward import RewardConfig
@@ -513,12 +514,7 @@ def supervise(run: Run, name: str, model: nn.Module) -> None:
 
 def run_sft(run: Run) -> None:
     """ICE-Instruct."""
-    config = run.config
-    if config.is_world:
-        model = parallel.build(Transformer, world_shape(config), config.seed, run.machine)
-    else:
-        model = load_model(run, Path(config.model.path))
-    supervise(run, "sft", model)
+    supervise(run, "sft", base_model(run))
 
 
 def run_sample(run: Run) -> None:
@@ -625,16 +621,10 @@ def measure_accuracy(run: Run, model: nn.Module, held_out: Sequence[data.Tokeniz
     return shares
 
 
-@torch.no_grad()
 def score_samples(run: Run, model: nn.Module, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> list[float]:
     """Return the reward model's raw scores of this rank's responses; the model is gathered by the caller."""
-    scores: list[float] = []
-    texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
-    for i in range(0, len(texts), run.config.ppo.microbatch_size):
-        tokens, attention_mask = to_device(run, *data.pad(texts[i:i + run.config.ppo.microbatch_size]))
-        with run.machine.autocast():
-            scores += last_scores(model, tokens, attention_mask).tolist()
-    return scores
+    with run.machine.autocast():
+        return chat.score_rows(model, [prompt + response for prompt, response in zip(prompts, responses, strict=True)], run.config.ppo.microbatch_size)
 
 
 def answer(run: Run, model: nn.Module, prompts: Sequence[list[int]], temperature: float, seed: int = 0) -> list[list[int]]:
@@ -779,6 +769,12 @@ def show_iteration(run: Run, step: int, rollout: ppo.Rollout, stats: Mapping[str
     bar.update()
 
 
+def base_model(run: Run) -> nn.Module:
+    """Return the model before any training: random weights on the embedded world."""
+    config = run.config
+    return parallel.build(Transformer, world_shape(config), config.seed, run.machine) if config.is_world else load_model(run, Path(config.model.path))
+
+
 def run_eval(run: Run) -> None:
     """Compare the SFT and the PPO model on prompts none of the stages has seen."""
     config, began = run.config, time.perf_counter()
@@ -789,24 +785,27 @@ def run_eval(run: Run) -> None:
     else:
         items, prompts = held_out_prompts(run)
     reward_path = run.result("reward")
-    answers, scores, models = {}, {}, {}
-    for name in ("sft", "ppo"):
-        path = run.result(name)
-        if path is None:
-            continue
-        mine = answer(run, load_model(run, path), prompts, temperature=0.0)
+    trained = [name for name in ("sft", "ppo") if run.result(name)]
+    if not trained:
+        raise ValueError(f"{run.out} has neither an sft nor a ppo model to evaluate")
+    answers, scores, values = {}, {}, {}
+    for name in ("base", *trained):
+        mine = answer(run, base_model(run) if name == "base" else load_model(run, run.needed(name, name)), prompts, temperature=0.0)
         answers[name] = [run.tokenizer.decode(ids) for part in parallel.gather_objects(mine) for ids in part]
         if config.is_world:
-            models[name], scores[name] = evaluation.grade_world(items, answers[name])
+            values[name], scores[name] = evaluation.world_values(items, answers[name])
         else:
             scores[name] = reward_scores(run, prompts, mine, reward_path) if reward_path else [0.0] * len(prompts)
-            models[name] = {"in_domain": {"score": evaluation.mean(scores[name]), "n": len(prompts)}}
-    if not models:
-        raise ValueError(f"{run.out} has neither an sft nor a ppo model to evaluate")
-    domain = [i for i, item in enumerate(items) if getattr(item, "task", "ad") == "ad"]
-    contests = {"ppo_vs_sft": evaluation.head_to_head([scores["ppo"][i] for i in domain], [scores["sft"][i] for i in domain])} if len(models) == 2 else {}
+            values[name] = {"in_domain": {"score": scores[name]}}
+    contests, changes = {}, {}
+    if len(trained) == 2:
+        domain = [i for i, item in enumerate(items) if getattr(item, "task", "ad") == "ad"]
+        contests["ppo_vs_sft"] = evaluation.contest([evaluation.prefer(scores["ppo"][i], scores["sft"][i]) for i in domain],
+                                                    [(len(answers["ppo"][i]), len(answers["sft"][i])) for i in domain])
+        changes = evaluation.changes(values["ppo"], values["sft"])
     accuracy = read_json(reward_path / "config.json").get("holdout_accuracy", {}) if reward_path else {}
-    results = {"models": models, "head_to_head": contests, "reward_model": accuracy,
+    results = {"models": {name: evaluation.summarise(rows) for name, rows in values.items()}, "head_to_head": contests, "changes": changes,
+               "reward_model": accuracy,
                "seconds": {**timings(run), "eval": round(time.perf_counter() - began, 2)}}
     if run.machine.is_main:
         examples = evaluation.pick_examples(items, answers, scores, config.eval.show)
@@ -895,11 +894,7 @@ def record_config(config: Config, out: Path, world: int) -> None:
 def prepare_tokenizer(config: Config, out: Path) -> Tokenizer:
     """Open the model's tokenizer, or train the embedded world's at the start of the run."""
     if not config.is_world:
-        shape, tokenizer = read_config(config.model.path), Tokenizer(config.model.path)
-        if tokenizer.vocab_size > shape.vocab_size:
-            raise ValueError(f"{config.model.path}: the tokenizer has {tokenizer.vocab_size} pieces, the model only {shape.vocab_size} embeddings: "
-                             "give it the tokenizer it was trained with, or resize it (transformers: resize_token_embeddings)")
-        return tokenizer
+        return chat.open_tokenizer(config.model.path)
     path = out / "tokenizer.model"
     if not path.exists():
         partial_path = out / "tokenizer.partial"

@@ -16,7 +16,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 MAY_IMPORT = {
     "model": set(), "data": set(), "microcosm": set(), "sft": {"model"}, "reward": {"model"}, "ppo": {"model"}, "parallel": {"model"},
     "plan": {"sft", "reward", "ppo", "parallel", "model"},
-    "eval": {"model", "data", "microcosm"}, "train": {"plan", "sft", "reward", "ppo", "eval", "data", "model", "parallel", "microcosm"},
+    "chat": {"model", "data"}, "compare": {"data"}, "eval": {"chat", "compare", "model", "data", "microcosm"},
+    "train": {"plan", "sft", "reward", "ppo", "eval", "chat", "data", "model", "parallel", "microcosm"},
 }
 REQUIRED = {"torch", "numpy", "sentencepiece", "tqdm", "pytest"}
 OPTIONAL = {("eval", "matplotlib")}  # imported only where it is used, and asked for by name
