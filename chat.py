@@ -23,7 +23,8 @@ from model import ScalarModel, Transformer, generate, last_scores, load_pretrain
 class Speaker:
     """A model folder ready for use. kind Transformer answers, kind ScalarModel scores.
 
-    data: template and lengths; a prompt may be as long as the context allows.   settings: the flat settings of the run the folder lies in, {} if it lies in none.
+    data: template and lengths; a prompt may be as long as the context allows.
+    settings: the flat settings of the run the folder lies in, {} if it lies in none.
     """
     path: Path
     model: nn.Module
@@ -131,6 +132,11 @@ def judged(judge: Speaker, records: Sequence[data.Prompt], given: Sequence[Answe
     return calibrated(judge, rows)
 
 
+def shown(messages: Messages) -> str:
+    """Return a prompt as people read it: one text, or a dialogue with its roles."""
+    return messages[0].content if len(messages) == 1 else "\n\n".join(f"{message.role}: {message.content}" for message in messages)
+
+
 # ---------------------------------------------------------------------------------------------
 # The two commands
 
@@ -139,7 +145,7 @@ def write_generations(folder: str, files: Sequence[str], n: int, temperature: fl
     records = read_prompts(files, flags["data.skip_bad"])
     speaker = load(folder, flags)
     for record, drawn in zip(records, answers(speaker, encode(speaker, records), temperature, seed, n)):
-        is_text = len(record.messages) == 1 and data.text_prompt(record.messages[0].content) == record.messages[0]
+        is_text = record.messages == (data.text_prompt(record.messages[0].content),)
         prompt = record.messages[0].content if is_text else [vars(message) for message in record.messages]
         row = {"prompt": prompt, "responses": [answer.text for answer in drawn], "ranks": None}
         print(json.dumps(row, ensure_ascii=False), flush=True)

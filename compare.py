@@ -31,7 +31,7 @@ def share_interval(share: float, n: int) -> Interval:
     if not n:
         return 0.0, 1.0
     centre, half = share + Z * Z / (2 * n), Z * math.sqrt(share * (1 - share) / n + (Z / (2 * n)) ** 2)
-    return (centre - half) / (1 + Z * Z / n), (centre + half) / (1 + Z * Z / n)
+    return max((centre - half) / (1 + Z * Z / n), 0.0), min((centre + half) / (1 + Z * Z / n), 1.0)
 
 
 def change_interval(strata: Sequence[Sequence[float]], pseudo: float = 2.0) -> Interval:
@@ -47,7 +47,8 @@ def change_interval(strata: Sequence[Sequence[float]], pseudo: float = 2.0) -> I
         means.append(sum(differences) / n)
         variances.append(((sum(d * d for d in differences) + pseudo / 2) / n - means[-1] ** 2) / n)
     half = Z * math.sqrt(sum(variances)) / len(strata)
-    return mean(means) - half, mean(means) + half
+    low, high = mean(means) - half, mean(means) + half
+    return (max(low, -1.0), min(high, 1.0)) if pseudo else (low, high)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -82,7 +83,9 @@ def length_controlled(preferences: Sequence[float], gaps: Sequence[float]) -> tu
     gaps: (n,) length of the first answer less that of the second [characters]. The interval is that of theta with the
     pseudo-pairs of `change_interval`, robust to preferences being shares (Papke and Wooldridge 1996).
     Source: Dubois et al. 2024 (AlpacaEval 2), without the term for an instruction's difficulty, which takes the results
-    of many models, and with a ridge of 0.01 where they choose a lasso, so that separable data have a finite fit.
+    of many models, and with a ridge of 0.01 where they choose a lasso, so that separable data have a finite fit. Where one
+    side is nearly always longer, equal length is an extrapolation, which the interval shows. Where completeness is what
+    people want, length is part of quality, and controlling for it takes that away.
     """
     p, gap = np.array(preferences), np.array(gaps, dtype=float)
     deviation = gap.std(ddof=1) if len(gap) > 1 else 0.0
@@ -120,7 +123,7 @@ def contest_text(name: str, numbers: Mapping[str, Any]) -> str:
     return "\n".join([
         f"{name} (n={numbers['n']}): wins {share('win', numbers)}, ties {share('tie', numbers)}, losses {share('loss', numbers)}",
         f"  win rate, ties half         {share('win_rate', numbers)}",
-        f"  the same at equal length    {share('length_controlled', numbers)}; the first's answers are {numbers['longer_by']:+.1f} characters longer"])
+        f"  the same at equal length    {share('length_controlled', numbers)}; mean difference in length {numbers['longer_by']:+.0f} characters"])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -207,7 +210,7 @@ def write_page(path: Path, first: str, second: str, summary: str, pairs: Sequenc
     links, body = [], []
     for name, sign in (("losses", 0.0), ("wins", 1.0), ("ties", 0.5)):
         chosen = [pair for pair in pairs if prefer(pair.preference, 0.5) == sign]
-        links.append(f"<a href=#{name}>{len(chosen)} {name}</a>")
-        body += [f"<h2 id={name}>{len(chosen)} {name} of {html.escape(first)}</h2>", *map(section, chosen)]
+        links.append(f"<a href=#{name}>{name}: {len(chosen)}</a>")
+        body += [f"<h2 id={name}>{html.escape(first)}, {name}: {len(chosen)}</h2>", *map(section, chosen)]
     title = html.escape(f"{first} against {second}")
     path.write_text(PAGE.format(title=title, summary=html.escape(summary), links=" &middot; ".join(links), body="\n".join(body)), encoding="utf-8")

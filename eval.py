@@ -20,7 +20,7 @@ import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterable, Mapping, Sequence
+from typing import Any, Callable, Iterable, Mapping, NoReturn, Sequence
 
 import chat
 import data
@@ -136,14 +136,16 @@ def table(results: dict) -> str:
     else:
         lines.append(f"in-domain (n={first['in_domain']['n']}), %")
         for key, meaning in (("gold", "rubric score"), ("strict", "exactly right"), ("multi", "so on 2+ faults"), ("verdict", "verdict")):
-            lines.append(table_row(f"  {key:9}{meaning}", [model["in_domain"][key] for model in models.values()], changed and changed["in_domain"][key]))
+            values = [model["in_domain"][key] for model in models.values()]
+            lines.append(table_row(f"  {key:9}{meaning}", values, changed and changed["in_domain"][key]))
         general = changed.get("general", {"tasks": {}})
         lines.append(f"general tasks (n={first['general']['n']}), % exactly right")
         for task in first["general"]["tasks"]:
             lines.append(table_row(f"  {task}", [model["general"]["tasks"][task] for model in models.values()], general["tasks"].get(task)))
         lines.append(table_row("  mean", [model["general"]["mean"] for model in models.values()], general.get("mean")))
     for name, numbers in results["head_to_head"].items():
-        lines.append(f"{name.replace('_', ' ')}, in-domain: wins {share('win', numbers)}, ties {share('tie', numbers)}, losses {share('loss', numbers)}")
+        lines.append(f"{name.replace('_', ' ')}, in-domain: wins {share('win', numbers)}, ties {share('tie', numbers)}, "
+                     f"losses {share('loss', numbers)}")
     if results["reward_model"]:
         lines.append("reward model orders " + ", ".join(f"{percent(value).strip()} % ({'all' if key == 'accuracy' else key.replace('_', '-')})"
                                                        for key, value in results["reward_model"].items()) + " of held-out pairs as the annotator")
@@ -234,7 +236,8 @@ def draw_tasks(pyplot: Any, results: dict) -> Any:
     bars.set(yticks=range(len(tasks)), yticklabels=tasks, xlabel="%", xlim=(0, 100))
     bars.invert_yaxis()
     figure.legend(loc="outside upper left", ncols=3, frameon=False)
-    changed = {**{f"ads: {key}": row for key, row in results["changes"].get("in_domain", {}).items()}, **results["changes"].get("general", {}).get("tasks", {})}
+    changed = {f"ads: {key}": row for key, row in results["changes"].get("in_domain", {}).items()}
+    changed.update(results["changes"].get("general", {}).get("tasks", {}))
     for row, task in enumerate(tasks if changed else ()):
         low, high = (100 * bound for bound in changed[task]["interval"])
         colour = "0.65" if low <= 0 <= high else "C1"
@@ -298,7 +301,10 @@ def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
 # compare
 
 def answer_pairs(args: argparse.Namespace, judge: chat.Speaker | None) -> list[Pair]:
-    """Have both models answer, greedily; by the rubric or the judge's scores if there are any."""
+    """Have both models answer, greedily, and prefer what the judge, or else the rubric, gives the higher score.
+
+    Both judge every answer by itself, so there is no order that could matter.
+    """
     flags = vars(args)
     speakers = [chat.load(folder, flags) for folder in (args.first, args.second)]
     items: list[microcosm.Item] = []
@@ -319,28 +325,31 @@ def answer_pairs(args: argparse.Namespace, judge: chat.Speaker | None) -> list[P
     else:
         scores = [[math.nan] * len(records)] * 2
     groups = ["in-domain" if item.task == "ad" else "general" for item in items] or ["prompts"] * len(records)
-    return [Pair(record.messages[-1].content, a.text, b.text, prefer(x, y), (f"{x:.2f}", f"{y:.2f}"), record.answer or "", group)
+    return [Pair(chat.shown(record.messages), a.text, b.text, prefer(x, y), (f"{x:.2f}", f"{y:.2f}"), record.answer or "", group)
             for record, a, b, x, y, group in zip(records, *answers, *scores, groups)]
 
 
 def run_compare(args: argparse.Namespace) -> None:
     """Print who wins and write the page; or write the file that people are to judge."""
     judge, is_file = None, args.judge.endswith((".json", ".jsonl"))
+    if is_file and args.first == args.second:
+        raise ValueError(f"compare: {args.first} against itself: nobody could tell whom a judgment in {args.judge} prefers")
     if is_file and Path(args.judge).exists():
         pairs, said = read_judgments(Path(args.judge), args.first, args.second)
     else:
         judge = chat.load(args.judge, vars(args), ScalarModel) if args.judge and not is_file else None
         if args.prompts and not args.judge:
-            raise ValueError("compare: who judges answers to --prompts? Give --judge=REWARD_DIR, or --judge=FILE.json for people or a model to fill in")
+            raise ValueError("compare: who judges the answers to --prompts? Give --judge=REWARD_DIR, or --judge=FILE.json for people to fill in")
         pairs = answer_pairs(args, judge)
         said = f"judged by {args.judge}, scores in std of its SFT model" if judge else "judged by the rubric, scores in [0, 1]"
         if is_file:
             write_jsonl(Path(args.judge), to_judge(args.first, args.second, pairs))
-            print(f"{len(pairs)} pairs wait in {args.judge}, each in both orders. Replace every \"preference\": null by 1 or 2 (the better output) or 1.5\n"
-                  "(a tie), then run the same command again.")
+            print(f"{len(pairs)} pairs wait in {args.judge}, each in both orders. Replace every \"preference\": null by 1 or 2, the better output,\n"
+                  "or by 1.5, a tie, then run the same command again.")
             return
     groups = {name: [pair for pair in pairs if pair.group == name] for name in dict.fromkeys(pair.group for pair in pairs)}
-    contests = {name: contest([pair.preference for pair in rows], [(len(pair.first), len(pair.second)) for pair in rows]) for name, rows in groups.items()}
+    contests = {name: contest([pair.preference for pair in rows], [(len(pair.first), len(pair.second)) for pair in rows])
+                for name, rows in groups.items()}
     summary = "\n".join([f"{args.first} against {args.second}, {said}", *(contest_text(name, numbers) for name, numbers in contests.items())])
     write_page(Path(args.page), args.first, args.second, summary, pairs)
     print(summary, f"side by side: {args.page}", sep="\n")
@@ -374,8 +383,10 @@ def reward_text(numbers: Mapping[str, Any], best: Sequence[bool]) -> str:
     lines = [f"orders {actual(numbers['accuracy'], numbers['interval'])} of {numbers['pairs']} pairs from {numbers['prompts']} prompts as people do; "
              f"loss {numbers['loss']:.3f} nats, a coin's is 0.693"]
     if best:
-        lines.append(f"its favourite is ranked first in {actual(mean(best), share_interval(mean(best), len(best)))} of {len(best)} rankings of 3 or more")
-    lines += [f"claims and is right: {100 * numbers['error']:.1f} points apart on average", "", f"{'margin [nats]':16}{'pairs':>7}{'claims':>9}   is right"]
+        lines.append(f"its favourite is ranked first in {actual(mean(best), share_interval(mean(best), len(best)))} of {len(best)} rankings "
+                     "of 3 or more")
+    lines += [f"what it claims and how often it is right are {100 * numbers['error']:.1f} points apart on average", "",
+              f"{'margin [nats]':16}{'pairs':>7}{'claims':>9}   is right"]
     lines += [f"{row['from']:<4g}to {row['to']:<9g}{row['pairs']:7}{100 * row['predicted']:7.1f} %   {actual(row['actual'], row['interval'])}"
               for row in numbers["rows"]]
     return "\n".join(lines)
@@ -387,7 +398,7 @@ def reward_text(numbers: Mapping[str, Any], best: Sequence[bool]) -> str:
 class Parser(argparse.ArgumentParser):
     """Argparse, with one line for an error."""
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message} (see --help)")
 
 
@@ -405,28 +416,32 @@ def at_least(low: float, kind: type) -> Callable[[str], Any]:
 
 
 def parser() -> Parser:
-    """Return the commands and their flags; every command's `run` takes what was parsed."""
+    """Return the commands and their flags; `run` of what was parsed is the command's function."""
     top = Parser(prog="eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     commands = top.add_subparsers(dest="command", required=True)
 
-    def command(name: str, run: Callable[[argparse.Namespace], None], **flags: dict[str, Any]) -> None:
-        sub = commands.add_parser(name, help=run.__doc__, allow_abbrev=False)
+    def command(name: str, run: Callable[[argparse.Namespace], None], flags: Mapping[str, dict[str, Any]]) -> None:
+        sub = commands.add_parser(name, help=run.__doc__.splitlines()[0], description=run.__doc__, allow_abbrev=False)
         for flag, options in flags.items():
-            sub.add_argument(flag if flag in ("first", "second", "folder") else f"--{flag}", **options)
-        sub.add_argument("--data.template", choices=tuple(data.TEMPLATES), help="how a dialogue becomes text; default: as in the model's run")
-        sub.add_argument("--data.max_response_tokens", type=at_least(1, int), help="where answers are cut off; default: as in the model's run, else 512")
-        sub.add_argument("--data.skip_bad", action="store_true", help="leave malformed rows out and count them")
+            sub.add_argument(flag, **options)
         sub.set_defaults(run=run)
-    folder, prompts = {"metavar": "DIR", "help": "model folder"}, {"help": "prompt files, comma-separated"}
-    temperature = {"type": at_least(0, float), "default": 1.0, "help": "0 is greedy; default 1"}
-    seed = {"type": at_least(0, int), "default": 0, "help": "of the sampling noise; default 0"}
-    command("compare", run_compare, first=folder, second=folder, prompts=prompts,
-            judge={"default": "", "help": "reward model folder, or a .json or .jsonl file of judgments: written if it is not there, read if it is"},
-            page={"default": "compare.html", "help": "where the answers are shown side by side; default compare.html"})
-    command("reward", run_reward, folder=folder, data={"required": True, "help": "pairs or ranked lists, comma-separated files"})
-    command("chat", run_chat, folder=folder, temperature=temperature, seed=seed)
-    command("generate", run_generate, folder=folder, prompts={**prompts, "required": True}, temperature=temperature, seed=seed,
-            n={"type": at_least(1, int), "default": 1, "help": "answers to each prompt; default 1"})
+    folder, prompts = {"metavar": "DIR", "help": "model folder"}, {"metavar": "FILE", "help": "prompt files, comma-separated"}
+    reading = {
+        "--data.template": {"choices": tuple(data.TEMPLATES), "help": "how a dialogue becomes text; default: as in the model's run"},
+        "--data.max_response_tokens": {"type": at_least(1, int), "metavar": "N", "help": "where answers end; default: as in the model's run, else 512"},
+        "--data.skip_bad": {"action": "store_true", "help": "leave malformed rows out and count them"}}
+    sampling = {"--temperature": {"type": at_least(0, float), "default": 1.0, "metavar": "T", "help": "0 is greedy; default 1"},
+                "--seed": {"type": at_least(0, int), "default": 0, "metavar": "N", "help": "of the sampling noise; default 0"}}
+    command("compare", run_compare, {
+        "first": folder, "second": folder, "--prompts": prompts,
+        "--judge": {"default": "", "help": "reward model folder; or a .json or .jsonl file of judgments, read if it is there, written if not"},
+        "--page": {"default": "compare.html", "metavar": "FILE", "help": "answers side by side; default compare.html"}, **reading})
+    command("reward", run_reward, {
+        "folder": folder, "--data": {"required": True, "metavar": "FILE", "help": "pairs or ranked lists, comma-separated files"}, **reading})
+    command("chat", run_chat, {"folder": folder, **sampling, **reading})
+    command("generate", run_generate, {
+        "folder": folder, "--prompts": {**prompts, "required": True},
+        "--n": {"type": at_least(1, int), "default": 1, "metavar": "N", "help": "answers to each prompt; default 1"}, **sampling, **reading})
     return top
 
 

@@ -624,7 +624,8 @@ def measure_accuracy(run: Run, model: nn.Module, held_out: Sequence[data.Tokeniz
 def score_samples(run: Run, model: nn.Module, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> list[float]:
     """Return the reward model's raw scores of this rank's responses; the model is gathered by the caller."""
     with run.machine.autocast():
-        return chat.score_rows(model, [prompt + response for prompt, response in zip(prompts, responses, strict=True)], run.config.ppo.microbatch_size)
+        rows = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+        return chat.score_rows(model, rows, run.config.ppo.microbatch_size)
 
 
 def answer(run: Run, model: nn.Module, prompts: Sequence[list[int]], temperature: float, seed: int = 0) -> list[list[int]]:

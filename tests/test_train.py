@@ -18,13 +18,6 @@ from model import Transformer, load_pretrained, save_pretrained
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> tuple[Path, dict]:
-    """A whole tiny run, with checkpoints: its folder and its numbers."""
-    out = tmp_path_factory.mktemp("runs") / "a"
-    return out, golden.tiny_run(out, "--checkpoint_every=10")
-
-
 def differences(a, b, where: str = "") -> list[str]:
     """List where result a differs from b by more than rounding on another processor; a may know more than b."""
     if isinstance(a, dict) and isinstance(b, dict) and a.keys() >= b.keys():

@@ -1,0 +1,484 @@
+"""Intervals, head to head, judgments, calibration against numbers worked out otherwise; the commands of eval.py as they are typed."""
+import json
+import math
+import random
+import signal
+import subprocess
+import sys
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import torch
+
+import chat
+import compare
+import data
+import eval as evaluation
+import golden
+import microcosm
+from compare import Pair, change_interval, contest, length_controlled, prefer, read_judgments, share_interval, to_judge, write_page
+from data import Tokenizer
+from model import ScalarModel, generate, last_scores, load_pretrained
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared" / "data"
+real_data = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the data beside the repository")
+
+
+def command(*args: str) -> None:
+    parsed = evaluation.parser().parse_args(args)
+    parsed.run(parsed)
+
+
+# ---------------------------------------------------------------------------------------------
+# Intervals
+
+@pytest.mark.parametrize("wins,n", [(0, 10), (5, 10), (10, 10), (1, 500), (244, 500)])
+def test_share_interval_holds_the_shares_a_test_would_not_reject(wins, n):
+    """Wilson's bounds are the shares p from which wins / n is just 1.96 of p's own standard deviations away."""
+    def bound(inside: float, outside: float) -> float:
+        for _ in range(60):
+            p = (inside + outside) / 2
+            inside, outside = (p, outside) if abs(wins / n - p) <= 1.959964 * math.sqrt(p * (1 - p) / n) else (inside, p)
+        return inside
+    low, high = share_interval(wins / n, n)
+    assert low == pytest.approx(bound(wins / n, 0.0), abs=1e-6) and high == pytest.approx(bound(wins / n, 1.0), abs=1e-6)
+
+
+def test_known_share_intervals():
+    assert share_interval(0.5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    assert share_interval(0.0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    assert share_interval(0.0, 0) == (0.0, 1.0)
+
+
+def test_change_interval_by_hand():
+    """100 pairs, 20 gained, 8 lost: (20.5 - 8.5) / 102 +- 1.96 sqrt(29 - 12^2 / 102) / 102."""
+    assert change_interval([[1.0] * 20 + [-1.0] * 8 + [0.0] * 72]) == pytest.approx((0.11765 - 0.10093, 0.11765 + 0.10093), abs=1e-5)
+    assert change_interval([[0.0] * 60]) == pytest.approx((-1.959964 / 62, 1.959964 / 62))
+    assert change_interval([[1.0, 3.0]], pseudo=0.0) == pytest.approx((2 - 1.959964 / math.sqrt(2), 2 + 1.959964 / math.sqrt(2)))
+    one, other = ([[1.0] * 3 + [0.0] * 7], [[-1.0] + [0.0] * 29])
+    (a, b), (c, d), (low, high) = change_interval(one), change_interval(other), change_interval(one + other)
+    assert (low + high) / 2 == pytest.approx((a + b + c + d) / 4) and high - low == pytest.approx(math.hypot(b - a, d - c) / 2)
+
+
+def test_change_interval_holds_the_truth_as_often_as_it_says():
+    rng = random.Random(0)
+    covered = 0
+    for _ in range(1000):
+        low, high = change_interval([[(rng.random() < 0.2) - (rng.random() < 0.1) for _ in range(60)]])
+        covered += low <= 0.1 <= high
+    assert 0.93 <= covered / 1000 <= 0.98
+
+
+# ---------------------------------------------------------------------------------------------
+# Head to head
+
+def test_contest_by_hand():
+    numbers = contest([1.0, 1.0, 0.5, 0.0, 0.7], [(10, 5), (8, 8), (3, 3), (2, 9), (4, 0)])
+    assert (numbers["win"], numbers["tie"], numbers["loss"], numbers["n"]) == (0.6, 0.2, 0.2, 5)
+    assert numbers["win_rate"] == pytest.approx(3.2 / 5) and numbers["longer_by"] == pytest.approx(2 / 5)
+    assert [prefer(2.0, 1.0), prefer(1.0, 1.0), prefer(0.0, 1.0)] == [1.0, 0.5, 0.0]
+
+
+def votes(n: int, theta: float, phi: float, seed: int) -> tuple[list[float], list[int]]:
+    """Draw judgments of a judge with a taste for length."""
+    rng = random.Random(seed)
+    gaps = [round(rng.gauss(40, 100)) for _ in range(n)]
+    centre = sum(gaps) / n
+    deviation = math.sqrt(sum((gap - centre) ** 2 for gap in gaps) / (n - 1))
+    return [float(rng.random() < 1 / (1 + math.exp(-theta - phi * math.tanh(gap / deviation)))) for gap in gaps], gaps
+
+
+@pytest.mark.parametrize("theta,phi", [(0.0, 0.0), (0.4, 1.5), (-1.0, 3.0)])
+def test_length_controlled_rate_against_gradient_descent(theta, phi):
+    preferences, gaps = votes(300, theta, phi, seed=1)
+    preferences[::10] = [0.5] * 30
+    centre = sum(gaps) / 300
+    deviation = math.sqrt(sum((gap - centre) ** 2 for gap in gaps) / 299)
+    a = b = 0.0
+    for _ in range(3000):
+        slope_a, slope_b = 0.01 * a, 0.01 * b
+        for p, gap in zip(preferences, gaps):
+            x = math.tanh(gap / deviation)
+            error = 1 / (1 + math.exp(-a - b * x)) - p
+            slope_a, slope_b = slope_a + error, slope_b + error * x
+        a, b = a - 0.01 * slope_a, b - 0.01 * slope_b
+    assert length_controlled(preferences, gaps)[0] == pytest.approx(1 / (1 + math.exp(-a)), abs=1e-6)
+
+
+def test_length_control_takes_the_judges_taste_for_length_away():
+    preferences, gaps = votes(4000, theta=-0.5, phi=2.0, seed=2)
+    rate, (low, high) = length_controlled(preferences, gaps)
+    assert sum(preferences) / 4000 > 0.5 and low < 1 / (1 + math.exp(0.5)) < high < 0.5
+    swapped, _ = length_controlled([1 - p for p in preferences], [-gap for gap in gaps])
+    assert swapped == pytest.approx(1 - rate)
+
+
+def test_length_controlled_interval_against_resampling():
+    preferences, gaps = votes(400, theta=0.3, phi=1.0, seed=3)
+    rng, rates = random.Random(0), []
+    for _ in range(300):
+        drawn = [rng.randrange(400) for _ in range(400)]
+        rates.append(length_controlled([preferences[i] for i in drawn], [gaps[i] for i in drawn])[0])
+    rates.sort()
+    low, high = length_controlled(preferences, gaps)[1]
+    assert high - low == pytest.approx(rates[292] - rates[7], rel=0.2)
+
+
+def test_length_controlled_rate_of_extreme_data():
+    assert length_controlled([0.5] * 20, [0] * 20)[0] == 0.5
+    assert length_controlled([1.0], [3])[0] > 0.9
+    rate, (low, high) = length_controlled([1.0] * 20, [0] * 20)
+    assert rate > 0.99 and 0.6 < low < high < 1
+    assert length_controlled([1.0] * 10 + [0.0] * 10, [5] * 10 + [-5] * 10)[0] == pytest.approx(0.5), "whoever is longer wins"
+
+
+# ---------------------------------------------------------------------------------------------
+# Judgments
+
+def judgment(first: str, second: str, preference: object, instruction: str = "Say", names: tuple[str, str] = ("a", "b")) -> dict:
+    return {"instruction": instruction, "output_1": first, "generator_1": names[0], "output_2": second, "generator_2": names[1], "preference": preference}
+
+
+def write(path: Path, rows: list) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_judgments_are_read_in_both_orders(tmp_path):
+    path = write(tmp_path / "j.jsonl", [
+        judgment("A1", "B1", 1, "one"), judgment("B1", "A1", 2, "one", ("b", "a")),      # a wins, whatever the order
+        judgment("A2", "B2", 1, "two"), judgment("B2", "A2", 1, "two", ("b", "a")),      # the first place wins: a tie
+        judgment("B3", "A3", 1.2, "three", ("b", "a")),                                  # belief 0.2 in a
+        judgment("A4", "B4", 0, "four"), judgment("A5", "B5", 1.5, "five"),              # ties in old and new files
+        judgment("A6", "B6", None, "six"), judgment("A7", "C7", 2, "seven", ("a", "c"))])
+    pairs, said = read_judgments(path, "a", "b")
+    assert {pair.prompt: pair.preference for pair in pairs} == pytest.approx({"one": 1, "two": 0.5, "three": 0.2, "four": 0.5, "five": 0.5})
+    assert all((pair.first[0], pair.second[0]) == ("A", "B") for pair in pairs)
+    assert "5 pairs, 1 not annotated, 2 in both orders with the same verdict in 50 %" in said
+    swapped, _ = read_judgments(path, "b", "a")
+    assert [pair.preference for pair in swapped] == pytest.approx([1 - pair.preference for pair in pairs])
+
+
+@pytest.mark.parametrize("rows,message", [
+    ([judgment("A", "B", 1), judgment("A", "B", 3)], "j.jsonl:2: field 'preference' must be null, 0 or a number from 1 to 2 (got 3)"),
+    ([{"instruction": "x", "output_1": "y"}], "j.jsonl:1: no field 'generator_1'"),
+    ([judgment("A", "B", 1, names=("x", "y"))], "its generators are x, y"),
+    ([judgment("A", "B", None)], 'set every "preference"'),
+])
+def test_judgments_that_cannot_be_used(tmp_path, rows, message):
+    with pytest.raises(ValueError) as error:
+        read_judgments(write(tmp_path / "j.jsonl", rows), "a", "b")
+    assert message in str(error.value)
+
+
+def test_what_is_to_be_judged_comes_back(tmp_path):
+    pairs = [Pair(f"p{i}", f"long answer {i}", "short" if i else "long answer 0", math.nan) for i in range(7)]
+    rows = list(to_judge("a", "b", pairs))
+    assert len(rows) == 14 and [row["preference"] for row in rows if row["instruction"] == "p0"] == [1.5, 1.5]
+    for row in rows:
+        assert (row["generator_1"] == "a") == (row["output_1"] == pairs[int(row["instruction"][1:])].first) or row["instruction"] == "p0"
+        row["preference"] = row["preference"] or (1 if row["generator_1"] == "a" else 2)
+    back, said = read_judgments(write(tmp_path / "j.jsonl", rows), "a", "b")
+    assert [pair.preference for pair in back] == [0.5] + [1.0] * 6 and "7 in both orders with the same verdict in 100 %" in said
+    assert [row["generator_1"] for row in rows[:4]] == ["a", "b", "a", "b"], "neither stands first more often"
+
+
+@real_data
+@pytest.mark.parametrize("name", ["alpaca-7b", "vicuna-13b", "llama-2-13b-chat-hf"])
+def test_real_judgments_against_a_plain_count(name):
+    path = SHARED / "preference" / f"alpaca_eval_gpt4_{name}.json"
+    pairs, _ = read_judgments(path, name, "text_davinci_003")
+    numbers = contest([pair.preference for pair in pairs], [(len(pair.first), len(pair.second)) for pair in pairs])
+    given = [row["preference"] for row in json.loads(path.read_text())]
+    assert numbers["n"] == len(given) == 400
+    assert numbers["win"] == given.count(2) / 400 and numbers["tie"] == given.count(0) / 400 and numbers["loss"] == given.count(1) / 400
+    for key in ("win", "tie", "loss", "win_rate", "length_controlled"):
+        low, high = numbers["intervals"][key]
+        assert 0 <= low <= numbers[key] <= high <= 1
+
+
+# ---------------------------------------------------------------------------------------------
+# The reward model against people
+
+def test_calibration_by_hand():
+    """Four prompts; margins 0.2, -0.2, 1.5, 5 and a tie of scores."""
+    numbers = evaluation.calibration([[0.2, -0.2], [1.5], [5.0], [0.0]])
+    assert (numbers["pairs"], numbers["prompts"], numbers["accuracy"]) == (5, 4, 3.5 / 5)
+    small, middle, large = numbers["rows"]
+    assert (small["from"], small["to"], small["pairs"], small["prompts"], small["actual"]) == (0.0, 0.5, 3, 2, 0.5)
+    assert small["predicted"] == pytest.approx((0.549834 + 0.549834 + 0.5) / 3, abs=1e-6)
+    assert (middle["from"], middle["to"], middle["pairs"], middle["actual"]) == (1.0, 2.0, 1, 1.0) and middle["predicted"] == pytest.approx(0.817574, abs=1e-6)
+    assert (large["to"], large["pairs"]) == (math.inf, 1) and large["predicted"] == pytest.approx(0.993307, abs=1e-6)
+    assert numbers["error"] == pytest.approx((3 * 0.033223 + 0.182426 + 0.006693) / 5, abs=1e-5)
+    assert numbers["loss"] == pytest.approx((0.598139 + 0.798139 + 0.201413 + 0.006715 + 0.693147) / 5, abs=1e-5)
+    assert small["interval"] == share_interval(0.5, 2), "pairs of one prompt are not independent"
+
+
+def test_a_judge_that_knows_its_odds_is_calibrated():
+    rng = random.Random(0)
+    margins = [rng.uniform(0, 5) for _ in range(20_000)]
+    numbers = evaluation.calibration([[m if rng.random() < 1 / (1 + math.exp(-m)) else -m] for m in margins])
+    assert numbers["error"] < 0.01 and all(row["interval"][0] - 0.01 <= row["predicted"] <= row["interval"][1] + 0.01 for row in numbers["rows"])
+
+
+def test_reward_command_against_a_loop(finished, capsys):
+    """Pairs and rankings alike: every response scored alone."""
+    folder = finished[0] / "reward"
+    command("reward", str(folder), f"--data={finished[0] / 'ranked.jsonl'}")
+    model, tokenizer = load_pretrained(folder, kind=ScalarModel), Tokenizer(folder)
+    right = pairs = 0.0
+    for row in golden.lines(finished[0] / "ranked.jsonl"):
+        ranks = dict(zip(row["responses"], row["ranks"]))
+        scores = {}
+        for text in ranks:
+            ids = torch.tensor([[tokenizer.bos_id, *tokenizer.encode(row["prompt"] + "\n"), *data.encode_response(tokenizer, text, "plain")]])
+            scores[text] = last_scores(model, ids, torch.ones_like(ids, dtype=torch.bool)).item()
+        for a in ranks:
+            for b in ranks:
+                if ranks[a] < ranks[b]:
+                    pairs, right = pairs + 1, right + (scores[a] > scores[b]) + 0.5 * (scores[a] == scores[b])
+    out = capsys.readouterr().out
+    assert f"orders {100 * right / pairs:.1f} %" in out and f"of {pairs:.0f} pairs" in out and "margin [nats]" in out
+
+
+# ---------------------------------------------------------------------------------------------
+# A run's numbers and report
+
+def test_changes_by_hand():
+    before = {"in_domain": {"gold": [0.0, 0.5, 1.0]}, "general": {"add": [1.0, 0.0], "sort": [0.0]}}
+    after = {"in_domain": {"gold": [0.5, 0.5, 1.0]}, "general": {"add": [1.0, 1.0], "sort": [1.0]}}
+    assert evaluation.summarise(after) == {"in_domain": {"gold": pytest.approx(2 / 3), "n": 3},
+                                           "general": {"mean": 1.0, "tasks": {"add": 1.0, "sort": 1.0}, "n": 3}}
+    result = evaluation.changes(after, before)
+    assert result["in_domain"]["gold"]["change"] == pytest.approx(0.5 / 3)
+    assert result["general"]["tasks"]["add"] == {"change": 0.5, "interval": change_interval([[0.0, 1.0]])}
+    assert result["general"]["mean"] == {"change": 0.75, "interval": change_interval([[0.0, 1.0], [1.0]])}
+    scores = evaluation.changes({"in_domain": {"score": [3.0, 5.0]}}, {"in_domain": {"score": [2.0, 2.0]}})
+    assert scores["in_domain"]["score"] == {"change": 2.0, "interval": change_interval([[1.0, 3.0]], pseudo=0.0)}
+
+
+def test_report_of_a_run(finished):
+    out, _ = finished
+    text = (out / "report.md").read_text()
+    results = json.loads((out / "eval.json").read_text())
+    lines = text.splitlines()
+    header, = [line for line in lines if "BASE" in line]
+    assert header.split() == ["BASE", "SFT", "PPO", "change", "95", "%", "interval"]
+    for task in microcosm.TASKS:
+        line, = [line for line in lines if line.startswith(f"  {task} ")]
+        low, high = results["changes"]["general"]["tasks"][task]["interval"]
+        assert line.endswith("noise") == (low <= 0 <= high) and f"{100 * low:+.1f} to {100 * high:+.1f}" in line
+    assert text.count("truth  ") == 3 and text.count("ppo (") == 3
+    pytest.importorskip("matplotlib")
+    for name in ("tasks", "score_against_kl", "sft", "reward", "ppo"):
+        assert f"![{name}.png]" in text and (out / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_report_without_matplotlib_asks_for_it(finished, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    results = json.loads((finished[0] / "eval.json").read_text())
+    assert "pip install matplotlib" in evaluation.write_report(tmp_path, results, [])
+    assert "pip install matplotlib" in (tmp_path / "report.md").read_text() and len(list(tmp_path.iterdir())) == 1
+
+
+def test_table_of_one_model(finished):
+    results = json.loads((finished[0] / "eval.json").read_text())
+    del results["models"]["ppo"]
+    assert "change" not in evaluation.table({**results, "changes": {}, "head_to_head": {}})
+
+
+# ---------------------------------------------------------------------------------------------
+# compare
+
+def test_compare_by_the_rubric_agrees_with_the_run(finished, tmp_path, capsys):
+    out, _ = finished
+    page = tmp_path / "page.html"
+    command("compare", str(out / "ppo"), str(out / "sft"), f"--page={page}")
+    expected = json.loads((out / "eval.json").read_text())["head_to_head"]["ppo_vs_sft"]
+    line, = [line for line in capsys.readouterr().out.splitlines() if line.startswith("in-domain (n=20)")]
+    assert all(compare.share(name, expected) in line for name in ("win", "tie", "loss"))
+    items = microcosm.items("eval", 20, 0, 1.0)
+    assert all(item.prompt in page.read_text() for item in items) and page.read_text().count("<section>") == 44
+
+
+def test_compare_by_a_reward_model(finished, tmp_path, capsys):
+    out, _ = finished
+    prompts = write(tmp_path / "p.jsonl", [{"prompt": item.prompt} for item in microcosm.items("eval", 6, 5, 0.5)])
+    flags = [f"--prompts={prompts}", f"--judge={out / 'reward'}", f"--page={tmp_path / 'page.html'}"]
+    command("compare", str(out / "ppo"), str(out / "sft"), *flags)
+    first = capsys.readouterr().out
+    command("compare", str(out / "sft"), str(out / "ppo"), *flags)
+    second = capsys.readouterr().out
+    win, loss = (text[text.index("wins") + 5:].split(" %")[0] for text in (first, second))
+    assert f"losses {loss} %" in first and f"losses {win} %" in second, "the order of the two models does not matter"
+
+
+def test_compare_by_people(finished, tmp_path, capsys):
+    """The command writes what is to be judged; once that is filled in, the same command reads it."""
+    out, _ = finished
+    prompts = write(tmp_path / "p.jsonl", [{"prompt": item.prompt} for item in microcosm.items("eval", 6, 5, 0.5)])
+    judge = tmp_path / "people.jsonl"
+    args = ["compare", str(out / "ppo"), str(out / "sft"), f"--prompts={prompts}", f"--judge={judge}", f"--page={tmp_path / 'page.html'}"]
+    command(*args)
+    assert "6 pairs wait in" in capsys.readouterr().out and not (tmp_path / "page.html").exists()
+    rows = golden.lines(judge)
+    write(judge, [{**row, "preference": row["preference"] or (1 if row["generator_1"] == str(out / "ppo") else 2)} for row in rows])
+    command(*args)
+    different = len({row["instruction"] for row in rows if row["output_1"] != row["output_2"]})
+    assert f"wins {100 * different / 6:.1f} %" in capsys.readouterr().out and (tmp_path / "page.html").exists()
+
+
+def test_page_shows_text_as_text(tmp_path):
+    write_page(tmp_path / "page.html", "a<b", "c", "1 & 2", [Pair("<script>x</script>", "**a** & b", "{c}", 1.0, truth="<t>")])
+    text = (tmp_path / "page.html").read_text()
+    assert "<script" not in text and "&lt;script&gt;x&lt;/script&gt;" in text and "**a** &amp; b" in text and "{c}" in text and "&lt;t&gt;" in text
+    assert "http" not in text, "nothing is fetched from elsewhere"
+
+
+# ---------------------------------------------------------------------------------------------
+# chat and generate
+
+def talk(monkeypatch, capsys, folder: Path, lines: list[str], *flags: str) -> tuple[str, str]:
+    monkeypatch.setattr(sys, "stdin", StringIO("".join(line + "\n" for line in lines)))
+    command("chat", str(folder), *flags)
+    return capsys.readouterr()
+
+
+def expected(folder: Path, dialogue: list[str], turn: int, temperature: float = 0.0, seed: int = 0) -> tuple[str, float]:
+    """Return the answer and its score, by generate and one forward of the reward model; dialogue: user, assistant, user, ..."""
+    tokenizer, model, judge = Tokenizer(folder), load_pretrained(folder), load_pretrained(folder.parent / "reward", kind=ScalarModel)
+    messages = tuple(data.Message(("user", "assistant")[i % 2], text) for i, text in enumerate(dialogue))
+    prompt = data.encode_prompt(tokenizer, messages, "plain")
+    ids = generate(model, [prompt], 12, temperature, eos_id=tokenizer.eos_id, seed=seed, rows=[turn]).tokens[0]
+    config = json.loads((folder.parent / "reward" / "config.json").read_text())
+    row = torch.tensor([prompt + ids])
+    raw = last_scores(judge, row, torch.ones_like(row, dtype=torch.bool)).item()
+    return tokenizer.decode(ids), (raw - config["score_mean"]) / config["score_std"]
+
+
+@pytest.mark.parametrize("temperature,seed", [(0.0, 0), (1.0, 3)])
+def test_chat_says_what_generate_says(finished, monkeypatch, capsys, temperature, seed):
+    """With the dialogue so far as its prompt; /reset forgets it."""
+    folder = finished[0] / "ppo"
+    out, err = talk(monkeypatch, capsys, folder, ["Copy: cat dog", "Sort: b a", "", "/reset", "Copy: cat dog"], f"--temperature={temperature}", f"--seed={seed}")
+    first, score = expected(folder, ["Copy: cat dog"], 0, temperature, seed)
+    second, next_score = expected(folder, ["Copy: cat dog", first, "Sort: b a"], 1, temperature, seed)
+    third, last_score = expected(folder, ["Copy: cat dog"], 2, temperature, seed)
+    replies = "".join(f"> {text}\n[score {score:.2f}]\n" for text, score in ((first, score), (second, next_score)))
+    assert out.split("\n", 1)[1] == replies + f"> > > {third}\n[score {last_score:.2f}]\n> \n" and not err
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(finished, monkeypatch, capsys):
+    folder, stream = finished[0] / "ppo", chat.stream
+
+    def interrupted(*args, **kwargs):
+        for i, token in enumerate(stream(*args, **kwargs)):
+            if i == 2 and kwargs["row"] == 0:
+                signal.raise_signal(signal.SIGINT)
+            yield token
+    monkeypatch.setattr(chat, "stream", interrupted)
+    out, _ = talk(monkeypatch, capsys, folder, ["Review: Buy our new beer.", "/reset", "Copy: cat dog"], "--temperature=0")
+    whole, _ = expected(folder, ["Review: Buy our new beer."], 0)
+    stopped = out.split("> ")[1].splitlines()[0]
+    assert stopped.endswith(" ...") and whole.startswith(stopped.removesuffix(" ...")) and len(stopped) < len(whole) + 4
+    assert expected(folder, ["Copy: cat dog"], 1)[0] in out.split("> ")[3]
+
+
+def test_chat_survives_what_is_too_long(finished, monkeypatch, capsys):
+    """A long message is refused; a long dialogue loses its oldest turns."""
+    folder = finished[0] / "ppo"
+    out, err = talk(monkeypatch, capsys, folder, ["word " * 200, *["Copy: cat dog" for _ in range(12)]], "--temperature=0")
+    assert "there is room for 116: shorten it" in err and out.count("[score") == 12
+
+
+def test_a_character_of_several_tokens_is_shown_whole():
+    class Bytes:
+        def decode(self, ids):
+            return bytes(ids).decode(errors="replace")
+    text = "né 😀 漢 \ufffd"
+    shown = list(chat.pieces(Bytes(), iter(text.encode()), []))
+    assert "".join(shown) == text and "\ufffd" not in "".join(shown[:-1]) and "😀" in shown
+    assert "".join(chat.pieces(Bytes(), iter(b"a\xff\xffb\xf0\x9f"), [])) == "a\ufffd\ufffdb\ufffd"
+    assert "".join(chat.pieces(Bytes(), iter(()), [])) == ""
+
+
+@real_data
+def test_pieces_of_llamas_tokenizer():
+    tokenizer = Tokenizer(SHARED / "tokenizer")
+    for text in ("Hello  world\n\n 😀 it is 漢字 né", " leading", "", "\n"):
+        ids = [*tokenizer.encode(text), tokenizer.eos_id]
+        assert "".join(chat.pieces(tokenizer, iter(ids), [])) == tokenizer.decode(ids)
+
+
+def test_generate_writes_what_people_can_rank(finished, tmp_path, capsys):
+    folder = finished[0] / "ppo"
+    dialogue = [{"role": "user", "content": "Copy: a b"}, {"role": "assistant", "content": "a b"}, {"role": "user", "content": "Sort: b a"}]
+    prompts = write(tmp_path / "p.jsonl", [{"prompt": "Copy: cat dog"}, {"prompt": dialogue}])
+    command("generate", str(folder), f"--prompts={prompts}", "--n=5", "--seed=3")
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["prompt"] for row in rows] == ["Copy: cat dog", dialogue] and all(row["ranks"] is None for row in rows)
+    tokenizer, model = Tokenizer(folder), load_pretrained(folder)
+    records, _ = data.read_prompts([prompts])
+    for i, (row, record) in enumerate(zip(rows, records)):
+        prompt = data.encode_prompt(tokenizer, record.messages, "plain")
+        drawn = generate(model, [prompt] * 5, 12, 1.0, eos_id=tokenizer.eos_id, seed=3, rows=range(5 * i, 5 * i + 5)).tokens
+        assert row["responses"] == [tokenizer.decode(ids) for ids in drawn]
+    ranks = [[1 + sorted(set(row["responses"])).index(text) for text in row["responses"]] for row in rows]
+    ranked, _ = data.read_rankings([write(tmp_path / "r.jsonl", [{**row, "ranks": order} for row, order in zip(rows, ranks)])])
+    assert [record.messages for record in ranked] == [record.messages for record in records]
+
+
+# ---------------------------------------------------------------------------------------------
+# Input that cannot be used: one line, status 2
+
+@pytest.fixture(scope="module")
+def files(finished, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("files")
+    (folder / "nomodel").mkdir()
+    write(folder / "good.jsonl", [{"prompt": "Copy: cat dog"}])
+    write(folder / "long.jsonl", [{"prompt": "Copy: cat dog"}, {"prompt": "Copy:" + " cat" * 500}])
+    (folder / "bad.jsonl").write_text('{"prompt": "Copy: cat dog"}\n{"prompt": "Copy')
+    (folder / "bad_judgments.jsonl").write_text(json.dumps(judgment("A", "B", 1)) + "\n{")
+    return folder
+
+
+BAD_INPUT = [
+    (["chat", "{f}/nomodel"], "{f}/nomodel: no model folder: it has no config.json"),
+    (["chat", "{run}"], "{run}: the folder of a run, not of a model: name one in it, such as {run}/ppo"),
+    (["chat", "{run}/reward"], "tensor lm_head.weight is missing"),
+    (["reward", "{run}/sft", "--data={run}/ranked.jsonl"], "tensor score.weight is missing"),
+    (["reward", "{run}/reward", "--data={f}/good.jsonl"], "{f}/good.jsonl:1: nothing is compared"),
+    (["generate", "{run}/ppo", "--prompts={f}/bad.jsonl"], "{f}/bad.jsonl:2: broken JSON"),
+    (["generate", "{run}/ppo", "--prompts={f}/long.jsonl"], "{f}/long.jsonl:2: a prompt of "),
+    (["generate", "{run}/ppo", "--prompts={f}/none.jsonl"], "{f}/none.jsonl: No such file"),
+    (["generate", "{run}/ppo", "--prompts={f}/good.jsonl", "--n=0"], "argument --n: 0: expected int of at least 1"),
+    (["compare", "a", "b", "--judge={f}/bad_judgments.jsonl"], "{f}/bad_judgments.jsonl:2: broken JSON"),
+    (["compare", "{run}/ppo", "{run}/sft", "--prompts={f}/good.jsonl"], "who judges the answers"),
+    (["compare", "{run}/ppo", "{run}/sft", "--prompt={f}/good.jsonl"], "unrecognized arguments: --prompt="),
+    (["talk"], "invalid choice: 'talk'"),
+]
+
+
+@pytest.mark.parametrize("args,message", BAD_INPUT, ids=[message for _, message in BAD_INPUT])
+def test_bad_input_gets_one_line(finished, files, tmp_path, args, message):
+    places = {"f": files, "run": finished[0]}
+    done = subprocess.run([sys.executable, ROOT / "eval.py", *[text.format(**places) for text in args]], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and not done.stdout
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("eval.py: error: ") and message.format(**places) in last and not list(tmp_path.iterdir())
+
+
+def test_a_folder_in_no_run_needs_a_template(finished, tmp_path):
+    (tmp_path / "alone").mkdir()
+    for file in (finished[0] / "ppo").iterdir():
+        (tmp_path / "alone" / file.name).write_bytes(file.read_bytes())
+    flags = {"data.template": None, "data.max_response_tokens": None}
+    with pytest.raises(ValueError, match="give --data.template=alpaca|llama2|vicuna|plain"):
+        chat.load(tmp_path / "alone", flags)
+    with pytest.raises(ValueError, match="--data.max_response_tokens=512 leaves no room"):
+        chat.load(tmp_path / "alone", {**flags, "data.template": "plain"})
+    speaker = chat.load(tmp_path / "alone", {"data.template": "vicuna", "data.max_response_tokens": 28})
+    assert (speaker.data.template, speaker.data.max_prompt_tokens, speaker.is_world) == ("vicuna", 100, False)
+    assert chat.load(finished[0] / "ppo", flags).is_world
