@@ -66,10 +66,11 @@ def load(folder: str | Path, flags: Mapping[str, Any], kind: type[nn.Module] = T
     data.template_for(chosen["data.template"], ())
     is_cuda = torch.cuda.is_available()
     model = load_pretrained(path, "cuda" if is_cuda else "cpu", torch.bfloat16 if is_cuda else torch.float32, kind)
-    length = chosen.get("data.max_response_tokens", 512)
-    if not 0 < length < model.config.max_seq_len:
-        raise ValueError(f"--data.max_response_tokens={length} leaves no room for a prompt in the model's context of {model.config.max_seq_len}")
-    return Speaker(path, model, tokenizer, DataConfig(chosen["data.template"], model.config.max_seq_len - length, length), settings)
+    context = model.config.max_seq_len
+    length = chosen.get("data.max_response_tokens", min(512, context // 2))
+    if not 0 < length < context:
+        raise ValueError(f"--data.max_response_tokens={length} leaves no room for a prompt in the model's context of {context}")
+    return Speaker(path, model, tokenizer, DataConfig(chosen["data.template"], context - length, length), settings)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -426,22 +426,24 @@ def parser() -> Parser:
             sub.add_argument(flag, **options)
         sub.set_defaults(run=run)
     folder, prompts = {"metavar": "DIR", "help": "model folder"}, {"metavar": "FILE", "help": "prompt files, comma-separated"}
-    reading = {
-        "--data.template": {"choices": tuple(data.TEMPLATES), "help": "how a dialogue becomes text; default: as in the model's run"},
-        "--data.max_response_tokens": {"type": at_least(1, int), "metavar": "N", "help": "where answers end; default: as in the model's run, else 512"},
-        "--data.skip_bad": {"action": "store_true", "help": "leave malformed rows out and count them"}}
+    template = {"--data.template": {"choices": tuple(data.TEMPLATES), "help": "how a dialogue becomes text; default: as in the model's run"}}
+    length = {"--data.max_response_tokens": {"type": at_least(1, int), "metavar": "N", "help": "where answers end; default: as in the run, else 512"}}
+    skip_bad = {"--data.skip_bad": {"action": "store_true", "help": "leave malformed rows out and count them"}}
     sampling = {"--temperature": {"type": at_least(0, float), "default": 1.0, "metavar": "T", "help": "0 is greedy; default 1"},
                 "--seed": {"type": at_least(0, int), "default": 0, "metavar": "N", "help": "of the sampling noise; default 0"}}
     command("compare", run_compare, {
         "first": folder, "second": folder, "--prompts": prompts,
         "--judge": {"default": "", "help": "reward model folder; or a .json or .jsonl file of judgments, read if it is there, written if not"},
-        "--page": {"default": "compare.html", "metavar": "FILE", "help": "answers side by side; default compare.html"}, **reading})
+        "--page": {"default": "compare.html", "metavar": "FILE", "help": "answers side by side; default compare.html"},
+        **template, **length, **skip_bad})
     command("reward", run_reward, {
-        "folder": folder, "--data": {"required": True, "metavar": "FILE", "help": "pairs or ranked lists, comma-separated files"}, **reading})
-    command("chat", run_chat, {"folder": folder, **sampling, **reading})
+        "folder": folder, "--data": {"required": True, "metavar": "FILE", "help": "pairs or ranked lists, comma-separated files"},
+        **template, **skip_bad})
+    command("chat", run_chat, {"folder": folder, **sampling, **template, **length})
     command("generate", run_generate, {
         "folder": folder, "--prompts": {**prompts, "required": True},
-        "--n": {"type": at_least(1, int), "default": 1, "metavar": "N", "help": "answers to each prompt; default 1"}, **sampling, **reading})
+        "--n": {"type": at_least(1, int), "default": 1, "metavar": "N", "help": "answers to each prompt; default 1"},
+        **sampling, **template, **length, **skip_bad})
     return top
 
 

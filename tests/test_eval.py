@@ -477,8 +477,9 @@ def test_a_folder_in_no_run_needs_a_template(finished, tmp_path):
     flags = {"data.template": None, "data.max_response_tokens": None}
     with pytest.raises(ValueError, match="give --data.template=alpaca|llama2|vicuna|plain"):
         chat.load(tmp_path / "alone", flags)
-    with pytest.raises(ValueError, match="--data.max_response_tokens=512 leaves no room"):
-        chat.load(tmp_path / "alone", {**flags, "data.template": "plain"})
+    with pytest.raises(ValueError, match="--data.max_response_tokens=128 leaves no room"):
+        chat.load(tmp_path / "alone", {"data.template": "plain", "data.max_response_tokens": 128})
+    assert chat.load(tmp_path / "alone", {**flags, "data.template": "plain"}).data.max_response_tokens == 64
     speaker = chat.load(tmp_path / "alone", {"data.template": "vicuna", "data.max_response_tokens": 28})
     assert (speaker.data.template, speaker.data.max_prompt_tokens, speaker.is_world) == ("vicuna", 100, False)
     assert chat.load(finished[0] / "ppo", flags).is_world

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import eval as evaluation
 import train
 
 ROOT = Path(__file__).parents[1]
@@ -85,7 +86,9 @@ def test_readme_names_flags_that_exist():
     flags = set(re.findall(r"--([a-z_-]+(?:\.[a-z_]+)?)(?==|\b)", README)) - {
         "help", "model", "config", "nproc_per_node", "nnodes", "node-rank", "master-addr", "master-port", "rdzv-id", "rdzv-backend", "rdzv-endpoint",
         "nodes", "ntasks-per-node", "gpus-per-node"}
-    assert flags and flags <= set(train.flag_types()), sorted(flags - set(train.flag_types()))
+    commands = evaluation.parser()._subparsers._group_actions[0].choices.values()
+    known = set(train.flag_types()) | {flag.removeprefix("--") for command in commands for flag in command._option_string_actions}
+    assert flags and flags <= known, sorted(flags - known)
 
 
 def test_readme_counts_lines():
