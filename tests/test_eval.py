@@ -5,6 +5,7 @@ import random
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -115,8 +116,11 @@ def test_length_control_takes_the_judges_taste_for_length_away():
     assert swapped == pytest.approx(1 - rate)
 
 
-def test_length_controlled_interval_against_resampling():
+@pytest.mark.parametrize("tied", [0, 300])
+def test_length_controlled_interval_against_resampling(tied):
+    """Ties vary less than wins and losses do; the interval knows."""
     preferences, gaps = votes(400, theta=0.3, phi=1.0, seed=3)
+    preferences[:tied] = [0.5] * tied
     rng, rates = random.Random(0), []
     for _ in range(300):
         drawn = [rng.randrange(400) for _ in range(400)]
@@ -283,6 +287,12 @@ def test_report_without_matplotlib_asks_for_it(finished, tmp_path, monkeypatch):
     assert "pip install matplotlib" in (tmp_path / "report.md").read_text() and len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.parametrize("interval,is_noise", [((-0.1, 0.2), True), ((0.01, 0.2), False), ((-0.2, -0.01), False), ((0.0, 0.1), True)])
+def test_noise_is_what_might_be_nothing(interval, is_noise):
+    line = evaluation.table_row("x", [0.5, 0.55], {"change": 0.05, "interval": interval})
+    assert line.endswith("noise") == is_noise and "+5.0" in line
+
+
 def test_table_of_one_model(finished):
     results = json.loads((finished[0] / "eval.json").read_text())
     del results["models"]["ppo"]
@@ -328,6 +338,23 @@ def test_compare_by_people(finished, tmp_path, capsys):
     command(*args)
     different = len({row["instruction"] for row in rows if row["output_1"] != row["output_2"]})
     assert f"wins {100 * different / 6:.1f} %" in capsys.readouterr().out and (tmp_path / "page.html").exists()
+
+
+def test_answers_do_not_depend_on_the_batch(finished):
+    speaker = chat.load(finished[0] / "ppo", {})
+    prompts = chat.encode(speaker, [data.Prompt((data.Message("user", item.prompt),), item.task) for item in microcosm.items("eval", 7, 5)])
+    small = replace(speaker, settings={"ppo.generation_batch": 4})
+    assert list(chat.answers(small, prompts, 1.0, seed=2, n=2)) == list(chat.answers(speaker, prompts, 1.0, seed=2, n=2))
+
+
+def test_an_answer_cut_off_is_judged_without_an_eos(finished):
+    judge = chat.load(finished[0] / "reward", {}, ScalarModel)
+    record = data.Prompt((data.Message("user", "Copy: cat dog"),), "")
+    prompt, response = data.encode_prompt(judge.tokenizer, record.messages, "plain"), data.encode_response(judge.tokenizer, "cat dog", "plain")
+    scores = chat.judged(judge, [record] * 2, [chat.Answer("cat dog", True), chat.Answer("cat dog", False)])
+    assert scores == pytest.approx(chat.calibrated(judge, [prompt + response, prompt + response[:-1]])) and scores[0] != scores[1]
+    with pytest.raises(ValueError, match="the context of the judge"):
+        chat.judged(judge, [record], [chat.Answer("cat " * 200, True)])
 
 
 def test_page_shows_text_as_text(tmp_path):
