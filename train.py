@@ -809,7 +809,8 @@ def run_eval(run: Run) -> None:
                "reward_model": accuracy,
                "seconds": {**timings(run), "eval": round(time.perf_counter() - began, 2)}}
     if run.machine.is_main:
-        examples = evaluation.pick_examples(items, answers, scores, config.eval.show)
+        telling = trained if config.is_world else answers  # random weights only babble
+        examples = evaluation.pick_examples(items, {name: answers[name] for name in telling}, scores, config.eval.show)
         (run.out / "eval.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         report = evaluation.write_report(run.out, results, examples)
         print(evaluation.table(results), "", evaluation.examples_text(examples), "", report, sep="\n")
