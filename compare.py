@@ -93,7 +93,8 @@ def length_controlled(preferences: Sequence[float], gaps: Sequence[float]) -> tu
     theta, _ = fit_logistic(x, p, np.ones_like(p))
     x, p = np.vstack([x, [[1, 0]] * 3]), np.append(p, [1, 0, 0.5])
     centre, half = fit_logistic(x, p, np.append(np.ones_like(gap), [0.5, 0.5, 1]))
-    return sigmoid(theta), (sigmoid(centre - half), sigmoid(centre + half))
+    rate = sigmoid(theta)
+    return rate, (min(sigmoid(centre - half), rate), max(sigmoid(centre + half), rate))
 
 
 def fit_logistic(x: np.ndarray, p: np.ndarray, weights: np.ndarray, ridge: float = 0.01) -> tuple[float, float]:
@@ -112,18 +113,23 @@ def sigmoid(x: float) -> float:
     return 0.5 * (1 + math.tanh(x / 2))
 
 
-def share(name: str, numbers: Mapping[str, Any]) -> str:
+def with_interval(name: str, numbers: Mapping[str, Any]) -> str:
     """Write a share of a contest with its interval."""
     low, high = numbers["intervals"][name]
     return f"{100 * numbers[name]:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
 
 
+def results_text(numbers: Mapping[str, Any]) -> str:
+    return f"wins {with_interval('win', numbers)}, ties {with_interval('tie', numbers)}, losses {with_interval('loss', numbers)}"
+
+
 def contest_text(name: str, numbers: Mapping[str, Any]) -> str:
     """Write a contest's numbers as lines; a rate is followed by its 95 % interval."""
     return "\n".join([
-        f"{name} (n={numbers['n']}): wins {share('win', numbers)}, ties {share('tie', numbers)}, losses {share('loss', numbers)}",
-        f"  win rate, ties half         {share('win_rate', numbers)}",
-        f"  the same at equal length    {share('length_controlled', numbers)}; mean difference in length {numbers['longer_by']:+.0f} characters"])
+        f"{name} (n={numbers['n']}): {results_text(numbers)}",
+        f"  win rate, ties half         {with_interval('win_rate', numbers)}",
+        f"  the same at equal length    {with_interval('length_controlled', numbers)}; "
+        f"mean difference in length {numbers['longer_by']:+.0f} characters"])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -176,7 +182,7 @@ def read_judgments(path: Path, first: str, second: str) -> tuple[list[Pair], str
 
 
 def to_judge(first: str, second: str, pairs: Sequence[Pair]) -> Iterator[dict[str, Any]]:
-    """Yield the rows that people or a model are to judge, each pair in both orders, not one right after the other; equal answers are ties already."""
+    """Yield the rows that people or a model are to judge: each pair in both orders, far apart; equal answers are ties already."""
     for turn in (0, 1):
         for i, pair in enumerate(pairs):
             sides = [(first, pair.first), (second, pair.second)]

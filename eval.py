@@ -25,8 +25,8 @@ from typing import Any, Callable, Iterable, Mapping, NoReturn, Sequence
 import chat
 import data
 import microcosm
-from compare import (Interval, Pair, change_interval, contest, contest_text, mean, prefer, read_judgments, share, share_interval, sigmoid, to_judge,
-                     write_page)
+from compare import (Interval, Pair, change_interval, contest, contest_text, mean, prefer, read_judgments, results_text, share_interval, sigmoid,
+                     to_judge, write_page)
 from model import ScalarModel
 
 
@@ -144,8 +144,7 @@ def table(results: dict) -> str:
             lines.append(table_row(f"  {task}", [model["general"]["tasks"][task] for model in models.values()], general["tasks"].get(task)))
         lines.append(table_row("  mean", [model["general"]["mean"] for model in models.values()], general.get("mean")))
     for name, numbers in results["head_to_head"].items():
-        lines.append(f"{name.replace('_', ' ')}, in-domain: wins {share('win', numbers)}, ties {share('tie', numbers)}, "
-                     f"losses {share('loss', numbers)}")
+        lines.append(f"{name.replace('_', ' ')}, in-domain: {results_text(numbers)}")
     if results["reward_model"]:
         lines.append("reward model orders " + ", ".join(f"{percent(value).strip()} % ({'all' if key == 'accuracy' else key.replace('_', '-')})"
                                                        for key, value in results["reward_model"].items()) + " of held-out pairs as the annotator")
@@ -332,6 +331,8 @@ def answer_pairs(args: argparse.Namespace, judge: chat.Speaker | None) -> list[P
 def run_compare(args: argparse.Namespace) -> None:
     """Print who wins and write the page; or write the file that people are to judge."""
     judge, is_file = None, args.judge.endswith((".json", ".jsonl"))
+    if not Path(args.page).absolute().parent.is_dir():
+        raise ValueError(f"--page={args.page}: there is no such folder")
     if is_file and args.first == args.second:
         raise ValueError(f"compare: {args.first} against itself: nobody could tell whom a judgment in {args.judge} prefers")
     if is_file and Path(args.judge).exists():
@@ -341,7 +342,7 @@ def run_compare(args: argparse.Namespace) -> None:
         if args.prompts and not args.judge:
             raise ValueError("compare: who judges the answers to --prompts? Give --judge=REWARD_DIR, or --judge=FILE.json for people to fill in")
         pairs = answer_pairs(args, judge)
-        said = f"judged by {args.judge}, scores in std of its SFT model" if judge else "judged by the rubric, scores in [0, 1]"
+        said = f"judged by {args.judge or 'the rubric'}"
         if is_file:
             write_jsonl(Path(args.judge), to_judge(args.first, args.second, pairs))
             print(f"{len(pairs)} pairs wait in {args.judge}, each in both orders. Replace every \"preference\": null by 1 or 2, the better output,\n"
@@ -433,7 +434,8 @@ def parser() -> Parser:
                 "--seed": {"type": at_least(0, int), "default": 0, "metavar": "N", "help": "of the sampling noise; default 0"}}
     command("compare", run_compare, {
         "first": folder, "second": folder, "--prompts": prompts,
-        "--judge": {"default": "", "help": "reward model folder; or a .json or .jsonl file of judgments, read if it is there, written if not"},
+        "--judge": {"default": "", "metavar": "DIR|FILE",
+                    "help": "reward model folder; or a .json or .jsonl file of judgments, read if it is there, written if not"},
         "--page": {"default": "compare.html", "metavar": "FILE", "help": "answers side by side; default compare.html"},
         **template, **length, **skip_bad})
     command("reward", run_reward, {
@@ -464,3 +466,5 @@ if __name__ == "__main__":
     except (ValueError, OSError) as error:
         print(f"eval.py: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

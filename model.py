@@ -453,7 +453,7 @@ def generate_batch(model: Transformer, prompts: list[list[int]], max_new_tokens:
 
 def generation_steps(model: Transformer, prompts: list[list[int]], max_new_tokens: int, temperature: float, top_k: int, top_p: float,
                      eos_id: int | None, noise: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield, for every step until all have ended, the prompts still in the batch, their new tokens and those's log-probabilities: (B',) each.
+    """Yield, step by step until all have ended, the prompts still in the batch, their new tokens and the tokens' log-probabilities, (B',) each.
 
     A prompt stays in the batch for a while after its EOS; what is yielded for it then means nothing.
     """

@@ -134,7 +134,7 @@ def test_length_controlled_rate_of_extreme_data():
     assert length_controlled([0.5] * 20, [0] * 20)[0] == 0.5
     assert length_controlled([1.0], [3])[0] > 0.9
     rate, (low, high) = length_controlled([1.0] * 20, [0] * 20)
-    assert rate > 0.99 and 0.6 < low < high < 1
+    assert rate > 0.99 and 0.6 < low < rate <= high < 1
     assert length_controlled([1.0] * 10 + [0.0] * 10, [5] * 10 + [-5] * 10)[0] == pytest.approx(0.5), "whoever is longer wins"
 
 
@@ -308,7 +308,7 @@ def test_compare_by_the_rubric_agrees_with_the_run(finished, tmp_path, capsys):
     command("compare", str(out / "ppo"), str(out / "sft"), f"--page={page}")
     expected = json.loads((out / "eval.json").read_text())["head_to_head"]["ppo_vs_sft"]
     line, = [line for line in capsys.readouterr().out.splitlines() if line.startswith("in-domain (n=20)")]
-    assert all(compare.share(name, expected) in line for name in ("win", "tie", "loss"))
+    assert all(compare.with_interval(name, expected) in line for name in ("win", "tie", "loss"))
     items = microcosm.items("eval", 20, 0, 1.0)
     assert all(item.prompt in page.read_text() for item in items) and page.read_text().count("<section>") == 44
 
@@ -483,6 +483,7 @@ BAD_INPUT = [
     (["generate", "{run}/ppo", "--prompts={f}/good.jsonl", "--n=0"], "argument --n: 0: expected int of at least 1"),
     (["compare", "a", "b", "--judge={f}/bad_judgments.jsonl"], "{f}/bad_judgments.jsonl:2: broken JSON"),
     (["compare", "{run}/ppo", "{run}/sft", "--prompts={f}/good.jsonl"], "who judges the answers"),
+    (["compare", "{run}/ppo", "{run}/sft", "--page={f}/none/page.html"], "--page={f}/none/page.html: there is no such folder"),
     (["compare", "{run}/ppo", "{run}/sft", "--prompt={f}/good.jsonl"], "unrecognized arguments: --prompt="),
     (["talk"], "invalid choice: 'talk'"),
 ]
