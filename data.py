@@ -263,7 +263,7 @@ def read_bytes(path: str | Path) -> bytes:
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[str, Any]]:
-    """Yield (source, row) of a JSON array, of {"data": [...]}, or of JSON lines.
+    """Yield (source, row) of a JSON array, of {"data": [...]} or {"examples": [...]}, or of JSON lines.
 
     A line stays bytes, so that a broken line is one bad row. A broken array has no rows to tell apart: ValueError.
     """
@@ -277,7 +277,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, Any]]:
             line = getattr(error, "lineno", before.count(b"\n") + 1)
             raise ValueError(f"{path}:{line}: broken JSON array ({error}); was the file cut off?") from None
     if isinstance(whole, dict):
-        whole = whole.get("data")
+        whole = whole.get("data", whole.get("examples"))
     if isinstance(whole, list):
         yield from ((f"{path}:row {n}", row) for n, row in enumerate(whole, 1))
     else:

@@ -70,6 +70,7 @@ class Grid(NamedTuple):
     batch: int
     time: int
     slots: Tensor | None  # (N,) int64, row * T + position; None when every slot holds a token
+    mask: Tensor | None = None  # (B, 1, T, T) bool, True = that query sees that key; None: causal
 
     def spread(self, x: Tensor) -> Tensor:  # (N, C) -> (B, T, C)
         if self.slots is not None:
@@ -154,7 +155,7 @@ class Attention(nn.Module):
         rotated, values = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=2)
         queries, keys = rotate(rotated, rope).split((self.heads, self.kv_heads), dim=2)
         queries, keys, values = (t.transpose(1, 2) for t in (queries, keys, values))  # (B, heads, T, E)
-        mask = None
+        mask = grid.mask
         if positions is not None:  # decoding: one query per row against that row's filled slots
             cache.append(keys, values, positions)
             keys, values = cache.keys, cache.values
@@ -419,13 +420,14 @@ def check_lengths(model: Transformer, prompts: list[list[int]], max_new_tokens: 
 @torch.no_grad()
 def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, temperature: float = 1.0, top_k: int = 0,
              top_p: float = 1.0, eos_id: int | None = None, seed: int = 0, rows: Sequence[int] | None = None,
-             batch_size: int = 1024) -> Generation:
+             batch_size: int = 1024, stop: Callable[[list[int]], bool] | None = None) -> Generation:
     """Continue every prompt until its EOS or max_new_tokens.
 
     temperature: 0.0 is greedy.   eos_id: None never stops.
     rows: global index of each prompt (default 0..B-1): the noise of a row depends on (seed, its index),
         so neither batch nor rank count changes a sample.
     batch_size: prompts generated at once, which bounds the cache's memory.
+    stop: called with a row's new tokens after each one; True ends the row as EOS does.
     Finished rows are dropped from the batch once they are 15 % of it, so the tail of long answers is cheap.
     Raises ValueError for an empty prompt, or one that with max_new_tokens exceeds the model's context.
     """
@@ -434,28 +436,31 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, 
     check_lengths(model, prompts, max_new_tokens)
     rows = range(len(prompts)) if rows is None else rows
     parts = [generate_batch(model, prompts[i:i + batch_size], max_new_tokens, temperature, top_k, top_p, eos_id,
-                            row_uniforms(seed, rows[i:i + batch_size], max_new_tokens)) for i in range(0, len(prompts), batch_size)]
+                            row_uniforms(seed, rows[i:i + batch_size], max_new_tokens), stop) for i in range(0, len(prompts), batch_size)]
     return Generation([row for part in parts for row in part.tokens], [row for part in parts for row in part.logprobs])
 
 
 def generate_batch(model: Transformer, prompts: list[list[int]], max_new_tokens: int, temperature: float, top_k: int,
-                   top_p: float, eos_id: int | None, noise: Tensor) -> Generation:
+                   top_p: float, eos_id: int | None, noise: Tensor, stop: Callable[[list[int]], bool] | None) -> Generation:
     """Continue one batch of prompts; noise: (B, max_new_tokens) float32 in [0, 1)."""
     device = model.lm_head.weight.device
     taken = torch.zeros(len(prompts), max_new_tokens, dtype=torch.int64, device=device)
     scored = torch.zeros(len(prompts), max_new_tokens, device=device)
-    for step, (alive, tokens, logprobs) in enumerate(generation_steps(model, prompts, max_new_tokens, temperature, top_k, top_p, eos_id, noise)):
+    count = torch.full((len(prompts),), max_new_tokens, device=device)
+    steps = generation_steps(model, prompts, max_new_tokens, temperature, top_k, top_p, eos_id, noise, stop)
+    for step, (alive, tokens, logprobs, ends) in enumerate(steps):
         taken[alive, step], scored[alive, step] = tokens, logprobs
-    is_eos = taken == (-1 if eos_id is None else eos_id)
-    ends = (is_eos.int().argmax(1) + 1).where(is_eos.any(1), max_new_tokens).tolist()  # argmax: the first one
-    return Generation([row[:n] for row, n in zip(taken.tolist(), ends)], [row[:n] for row, n in zip(scored.tolist(), ends)])
+        count[alive[ends]] = step + 1
+    lengths = count.tolist()
+    return Generation([row[:n] for row, n in zip(taken.tolist(), lengths)], [row[:n] for row, n in zip(scored.tolist(), lengths)])
 
 
 def generation_steps(model: Transformer, prompts: list[list[int]], max_new_tokens: int, temperature: float, top_k: int, top_p: float,
-                     eos_id: int | None, noise: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield, step by step until all have ended, the prompts still in the batch, their new tokens and the tokens' log-probabilities, (B',) each.
+                     eos_id: int | None, noise: Tensor, stop: Callable[[list[int]], bool] | None = None
+                     ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Yield, step by step until all have ended, the prompts still in the batch, their new tokens, the tokens' log-probabilities, and which end so; (B',) each.
 
-    A prompt stays in the batch for a while after its EOS; what is yielded for it then means nothing.
+    A prompt stays in the batch for a while after its end; what is yielded for it then means nothing.
     """
     device, lengths = model.lm_head.weight.device, [len(p) for p in prompts]
     noise = noise.to(device)
@@ -463,11 +468,19 @@ def generation_steps(model: Transformer, prompts: list[list[int]], max_new_token
     positions = torch.tensor(lengths, device=device)
     alive = torch.arange(len(prompts), device=device)         # prompts still in the batch
     finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)  # of the batch, not of all prompts
+    taken = torch.zeros(len(prompts), max_new_tokens if stop else 0, dtype=torch.int64, device=device)
     for step in range(max_new_tokens):
         tokens, logprobs = choose(logits, noise[alive, step], temperature, top_k, top_p)
-        yield alive, tokens, logprobs
+        ends = torch.zeros_like(finished)
         if eos_id is not None:
-            finished = finished | (tokens == eos_id)
+            ends = tokens == eos_id
+        if stop:
+            taken[alive, step] = tokens
+            ends = ends | torch.tensor([stop(row) for row in taken[alive, :step + 1].tolist()], device=device)
+        ends = ends & ~finished
+        finished = finished | ends
+        yield alive, tokens, logprobs, ends
+        if eos_id is not None or stop:
             live = (~finished).nonzero()[:, 0]
             if len(live) == 0:
                 return
@@ -486,7 +499,7 @@ def stream(model: Transformer, prompt: list[int], max_new_tokens: int, temperatu
            row: int = 0) -> Iterator[int]:
     """Yield one by one the tokens that `generate` returns for this prompt and row."""
     check_lengths(model, [prompt], max_new_tokens)
-    for _, tokens, _ in generation_steps(model, [prompt], max_new_tokens, temperature, 0, 1.0, eos_id, row_uniforms(seed, [row], max_new_tokens)):
+    for _, tokens, _, _ in generation_steps(model, [prompt], max_new_tokens, temperature, 0, 1.0, eos_id, row_uniforms(seed, [row], max_new_tokens)):
         yield tokens.item()
 
 
