@@ -517,6 +517,8 @@ def plan(names: str) -> tuple[dict[str, bool], list[str]]:
                 asked.setdefault(member, name == member)
         else:
             raise ValueError(f"--tasks: no task {name!r}; there are {', '.join([*TASKS, *GROUPS])}, and files of your own ending in .jsonl or .json")
+    if not asked:
+        raise ValueError(f"--tasks names no task; there are {', '.join([*TASKS, *GROUPS])}")
     return asked, [name for name in names.split(",") if len(GROUPS.get(name, ())) > 1]
 
 
@@ -558,12 +560,9 @@ def parse_options(args: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(args)
 
 
-def main(args: Sequence[str]) -> None:
+def run(options: argparse.Namespace) -> None:
     """Evaluate a model; ValueError says in one line what cannot be done."""
-    options = parse_options(args)
     asked, groups = plan(options.tasks)
-    if not asked:
-        raise ValueError("--tasks is empty")
     machine = parallel.start(options.dtype)
     engine = Engine(load_pretrained(options.model, machine.device, machine.dtype), Tokenizer(options.model), machine,
                     options.batch_tokens, options.samples, options.seed)
@@ -583,3 +582,12 @@ def main(args: Sequence[str]) -> None:
             settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
             options.out.write_text(json.dumps(to_json(results, groups, settings), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     parallel.stop()
+
+
+def main(args: Sequence[str]) -> None:
+    """Be the command `eval.py run`; what cannot be done ends the program with one line and status 2."""
+    options = parse_options(args)
+    try:
+        run(options)
+    except (ValueError, OSError, sandbox.NotConfined) as error:
+        parallel.fail(f"eval.py run: error: {error}")

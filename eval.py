@@ -3,6 +3,7 @@
     python eval.py compare A B                          head to head: a model folder of the embedded world against another
     python eval.py compare A B --prompts=FILE --judge=REWARD_DIR|JUDGMENTS.json
     python eval.py reward REWARD_DIR --data=FILE        a reward model against people's preferences
+    python eval.py run DIR --tasks=arc_easy --data=FOLDER   public benchmarks, see benchmarks.py
     python eval.py chat DIR                             talk to a model
     python eval.py generate DIR --prompts=FILE --n=5    answers as JSON lines
 
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Iterable, Mapping, NoReturn, Sequence
 
+import benchmarks
 import chat
 import data
 import microcosm
@@ -460,6 +462,9 @@ def run_generate(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["run"]:  # also under torchrun, and with flags of its own
+        benchmarks.main(sys.argv[2:])
+        sys.exit()
     try:
         parsed = parser().parse_args()
         parsed.run(parsed)

@@ -27,7 +27,7 @@ import parallel
 import ppo
 import reward
 import sft
-from model import ModelConfig, ScalarModel, Transformer, generation_steps, materialize, read_config
+from model import ModelConfig, ScalarModel, Transformer, generation_steps, read_config
 from parallel import Machine
 
 GIB = 2 ** 30

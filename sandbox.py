@@ -6,7 +6,7 @@ open a file for writing, nor make a process, nor reach the network, nor send a s
 At the deadline the whole group is killed. What it can do: read files, use a processor core until the deadline, start threads.
 
 The verdict is a secret that the runner prints once the program has come to its end, so no way of exiting early passes.
-Confinement needs Linux on x86-64 or ARM64; elsewhere nothing is run (RuntimeError).
+Confinement needs Linux on x86-64 or ARM64; elsewhere nothing is run.
 """
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from typing import Callable, Iterable, Sequence
+
+class NotConfined(RuntimeError):
+    """Programs cannot be confined on this machine, so none is run."""
+
 
 SECONDS = 3.0           # wall clock per program, as in HumanEval's own checker
 MEMORY = 4 * 2**30      # bytes of address space
@@ -114,7 +118,7 @@ os._exit(0)
 
 
 def passes(program: str, seconds: float = SECONDS) -> bool:
-    """Run a program; True if it comes to its end within `seconds` without raising. RuntimeError if it cannot be confined."""
+    """Run a program; True if it comes to its end within `seconds` without raising. NotConfined if that takes more than this machine has."""
     secret = secrets.token_hex(16)
     task = json.dumps({"program": program, "secret": secret, "memory": MEMORY, "file_size": FILE_SIZE, "seconds": int(seconds) + 1})
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as output:
@@ -133,7 +137,7 @@ def passes(program: str, seconds: float = SECONDS) -> bool:
         output.seek(0)
         said = output.read()
     if not said.startswith(b"confined "):
-        raise RuntimeError("programs cannot be confined on this machine: it takes Linux on x86-64 or ARM64 with seccomp")
+        raise NotConfined("programs cannot be confined on this machine: it takes Linux on x86-64 or ARM64 with seccomp")
     return said.endswith(secret.encode())
 
 

@@ -356,9 +356,10 @@ def gsm8k(row: Row) -> Item:
 
 
 def triviaqa(row: Row) -> Item:
-    """Read Hugging Face's rows, whose question ends in "?" and gets a second one, or a context that ends in "Answer:"."""
+    """Read Hugging Face's rows, whose question ends in "?" and gets a second one, or MosaicML's contexts, whose own is taken off."""
     if "context" in row:
-        return Item(row["context"], answers=tuple(row["aliases"]))
+        question = row["context"].removeprefix("Question: ").removesuffix("\nAnswer:").removesuffix("?")
+        return Item(f"Question: {question}?\nAnswer:", answers=tuple(row["aliases"]))
     return Item(f"Question: {row['question']}?\nAnswer:", answers=tuple(row["answer"]["aliases"]))
 
 
