@@ -235,7 +235,7 @@ def read_trees(model: Transformer, trees: Sequence[Tree]) -> list[tuple[float, b
         return torch.tensor([row + [0] * (time - len(row)) for row in values], device=device)
     valid = torch.tensor([row * time + t for row, tree in enumerate(trees) for t in range(len(tree.tokens))], device=device)
     branches, mask = grid([tree.branches for tree in trees]), None
-    if any(len(tree.owners) > 1 for tree in trees):  # a token sees the beginning and what precedes it in its own branch
+    if branches.any():  # a token sees the beginning and what precedes it in its own branch
         same = (branches[:, None, :] == 0) | (branches[:, None, :] == branches[:, :, None])  # (B, query, key)
         mask = (same & torch.ones(time, time, dtype=torch.bool, device=device).tril())[:, None]
     rope = rope_table(grid([tree.positions for tree in trees]), model.config)
@@ -566,16 +566,15 @@ def run(options: argparse.Namespace) -> None:
     machine = parallel.start(options.dtype)
     engine = Engine(load_pretrained(options.model, machine.device, machine.dtype), Tokenizer(options.model), machine,
                     options.batch_tokens, options.samples, options.seed)
-    results: dict[str, Result] = {}
-    for name, by_name in asked.items():
+    ready: dict[str, tuple[Task, list[Question]] | Result] = {}
+    for name, by_name in asked.items():  # all files are read before the first question is asked: a bad row shows at once
         try:
-            task, questions = prepare(name, options, engine.tokenizer)
+            ready[name] = prepare(name, options, engine.tokenizer)
         except Unavailable as error:
             if by_name:
                 raise
-            results[name] = Result({}, {}, Counter({str(error): 0}))
-            continue
-        results[name] = evaluate(name, task, questions, engine)
+            ready[name] = Result({}, {}, Counter({str(error): 0}))
+    results = {name: one if isinstance(one, Result) else evaluate(name, *one, engine) for name, one in ready.items()}
     if machine.is_main:
         print(table(results, groups))
         if options.out:
