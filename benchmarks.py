@@ -20,9 +20,8 @@ import random
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Callable, Iterator, NamedTuple, Sequence
+from typing import Any, Iterable, Iterator, NamedTuple, Sequence
 
 import numpy
 import torch
@@ -35,7 +34,7 @@ import parallel
 import sandbox
 from data import Tokenizer
 from model import Grid, Transformer, generate, load_pretrained, rope_table
-from tasks import GENERIC, GROUPS, TASKS, Item, Outcome, Task, file_part
+from tasks import GENERIC, GROUPS, TASKS, Item, Outcome, Task
 
 SHOT_SEED = 1234            # of drawn demonstrations, as in the harness
 LOGITS_ROWS = 1024          # positions whose logits over the vocabulary are held at once
@@ -246,9 +245,10 @@ def read_trees(model: Transformer, trees: Sequence[Tree]) -> list[tuple[float, b
     targets = torch.tensor([token for tree in trees for _, token in tree.reads], device=device)
     results = []
     for slot, target in zip(slots.split(LOGITS_ROWS), targets.split(LOGITS_ROWS)):
+        slot, row = slot.unique(return_inverse=True)  # the first tokens of all choices are predicted by one position
         logits = model.lm_head(hidden[slot]).float()
-        chosen = logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(1)
-        results += zip(chosen.tolist(), (logits.argmax(1) == target).tolist())
+        chosen = logits[row, target] - logits.logsumexp(1)[row]
+        results += zip(chosen.tolist(), (logits.argmax(1)[row] == target).tolist())
     return results
 
 
@@ -313,7 +313,9 @@ class Engine:
     def check(self, programs: Sequence[str], name: str) -> list[bool]:
         """Run generated programs, each rank its share; return which of them pass."""
         mine = self.machine.slice(list(programs))
-        bar = lambda verdicts: tqdm(verdicts, name, len(mine), leave=False, disable=not self.machine.is_main)
+
+        def bar(verdicts: Iterable[bool]) -> Iterable[bool]:
+            return tqdm(verdicts, name, len(mine), leave=False, disable=not self.machine.is_main)
         return [verdict for part in parallel.gather_objects(sandbox.check_all(mine, bar)) for verdict in part]
 
 
@@ -329,7 +331,7 @@ def cut_text(text: str, until: Sequence[str]) -> str:
 
 def pass_at_k(n: int, right: int, k: int) -> float:
     """Estimate the chance that one of k samples is right from n samples of which `right` are (Chen et al. 2021)."""
-    return 1.0 - math.prod(1.0 - k / i for i in range(n - right + 1, n + 1)) if n - right >= k else 1.0
+    return 1.0 - math.comb(n - right, k) / math.comb(n, k)
 
 
 def standard_error(values: Sequence[float]) -> float:
@@ -339,10 +341,10 @@ def standard_error(values: Sequence[float]) -> float:
 
 
 def pooled_error(errors: Sequence[float], sizes: Sequence[int]) -> float:
-    """Return the standard error of a mean over parts from those of the parts, weighted by their sizes."""
-    if len(sizes) == 1:
-        return errors[0]
-    variance = sum((n - 1) * error**2 * n for n, error in zip(sizes, errors)) / max(sum(sizes) - len(sizes), 1)
+    """Return the standard error of a mean over parts from those of the parts (pooled variance); NaN if one has none."""
+    if any(map(math.isnan, errors)):
+        return math.nan
+    variance = sum((n - 1) * error**2 * n for n, error in zip(sizes, errors)) / (sum(sizes) - len(sizes))
     return math.sqrt(variance / sum(sizes))
 
 
@@ -378,8 +380,8 @@ def summarize(metric: str, parts: dict[str, list[float]]) -> tuple[Number, dict[
     if len(numbers) == 1:
         return next(iter(numbers.values())), numbers
     n = sum(number.n for number in numbers.values())
-    value = math.fsum(x for values in parts.values() for x in values) / n if n else math.nan
-    return Number(value, pooled_error([number.error for number in numbers.values()], [number.n for number in numbers.values()]) if n else math.nan, n), numbers
+    value = math.fsum(x for values in parts.values() for x in values) / n
+    return Number(value, pooled_error([number.error for number in numbers.values()], [number.n for number in numbers.values()]), n), numbers
 
 
 @dataclass
@@ -552,7 +554,7 @@ def parse_options(args: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="folder with the benchmarks' files")
     parser.add_argument("--limit", type=positive, help="at most so many questions of every part of a task, drawn from the seed")
     parser.add_argument("--seed", type=int, default=0, help="of the questions drawn and of samples (0)")
-    parser.add_argument("--batch_tokens", type=positive, default=16384, help="tokens of a batch, padding included (16384)")
+    parser.add_argument("--batch_tokens", type=positive, help="tokens of a batch, padding included (16384 on a GPU, 2048 on a CPU)")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the model (auto: bfloat16 on a GPU)")
     parser.add_argument("--samples", type=positive, default=1, help="programs per code problem, for pass@10 and pass@100 (1, greedy)")
     parser.add_argument("--allow-code-execution", action="store_true", help="run the programs that the model writes, confined")
@@ -565,7 +567,7 @@ def run(options: argparse.Namespace) -> None:
     asked, groups = plan(options.tasks)
     machine = parallel.start(options.dtype)
     engine = Engine(load_pretrained(options.model, machine.device, machine.dtype), Tokenizer(options.model), machine,
-                    options.batch_tokens, options.samples, options.seed)
+                    options.batch_tokens or (16384 if machine.device.type == "cuda" else 2048), options.samples, options.seed)
     ready: dict[str, tuple[Task, list[Question]] | Result] = {}
     for name, by_name in asked.items():  # all files are read before the first question is asked: a bad row shows at once
         try:

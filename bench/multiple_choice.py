@@ -25,8 +25,8 @@ from model import ModelConfig, Transformer, init_weights, load_pretrained, save_
 from parallel import Machine
 from tasks import TASKS
 
-SIZES = (1, 2, 4, 8, 16, 32, 64, 128)               # requests per batch of the harness
-BATCH_TOKENS = (256, 512, 1024, 2048, 4096, 8192, 16384)
+SIZES = (4, 8, 16, 32)                   # requests per batch of the harness
+BATCH_TOKENS = (512, 1024, 2048, 4096)
 
 
 def best(settings: Sequence[int], run: Callable[[int], Any]) -> int:

@@ -17,7 +17,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 MAY_IMPORT = {
     "model": set(), "data": set(), "microcosm": set(), "sft": {"model"}, "reward": {"model"}, "ppo": {"model"}, "parallel": {"model"},
     "plan": {"sft", "reward", "ppo", "parallel", "model"},
-    "chat": {"model", "data"}, "compare": {"data"}, "eval": {"chat", "compare", "model", "data", "microcosm"},
+    "chat": {"model", "data"}, "compare": {"data"}, "sandbox": set(), "tasks": {"data"},
+    "benchmarks": {"model", "data", "microcosm", "parallel", "tasks", "sandbox"},
+    "eval": {"benchmarks", "chat", "compare", "model", "data", "microcosm"},
     "train": {"plan", "sft", "reward", "ppo", "eval", "chat", "data", "model", "parallel", "microcosm"},
 }
 REQUIRED = {"torch", "numpy", "sentencepiece", "tqdm", "pytest"}
@@ -88,6 +90,7 @@ def test_readme_names_flags_that_exist():
         "nodes", "ntasks-per-node", "gpus-per-node"}
     commands = evaluation.parser()._subparsers._group_actions[0].choices.values()
     known = set(train.flag_types()) | {flag.removeprefix("--") for command in commands for flag in command._option_string_actions}
+    known |= set(re.findall(r'add_argument\("--([\w-]+)"', FILES["benchmarks"].read_text(encoding="utf-8")))
     assert flags and flags <= known, sorted(flags - known)
 
 
