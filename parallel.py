@@ -121,6 +121,7 @@ def fail(message: str) -> NoReturn:
             time.sleep(0.05)
         if os.getppid() != LAUNCHER or not dist.is_initialized():
             os._exit(2)
+    sys.stdout.flush()  # os._exit would lose what is still in the buffer of a pipe or a file
     print(message, file=sys.stderr, flush=True)
     if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
         os.kill(LAUNCHER, signal.SIGUSR1)
