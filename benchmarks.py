@@ -126,10 +126,20 @@ def read_items(task: Task, patterns: Sequence[str], folder: Path) -> dict[str, l
     return parts
 
 
+def choose_shots(task: Task, pool: Sequence[Item], count: int, item: Item, rng: random.Random) -> Sequence[Item]:
+    """Return a question's demonstrations by the harness's rule; with a spare one, the question itself is never among them."""
+    if not count or not task.draw_shots:
+        return pool[:count]
+    if not task.spare_shot:
+        return rng.sample(pool, count)
+    others = [shot for shot in rng.sample(pool, count + 1) if shot != item]
+    return others[:count] if len(others) >= count else rng.sample([shot for shot in pool if shot != item], count)
+
+
 def read_questions(name: str, task: Task, folder: Path, limit: int | None, seed: int) -> list[Question]:
     """Read a task's questions and put demonstrations before them; of every part at most `limit`, drawn from `seed`."""
-    parts = read_items(task, task.files, folder)
-    pools = read_items(task, task.shot_files, folder) if task.shots else {}
+    parts, count = read_items(task, task.files, folder), task.shots if task.shot_files else 0
+    pools = read_items(task, task.shot_files, folder) if count else {}
     questions = []
     for part, items in parts.items():
         if limit is not None and limit < len(items):
@@ -140,12 +150,13 @@ def read_questions(name: str, task: Task, folder: Path, limit: int | None, seed:
         except READ_ERRORS as error:
             raise ValueError(f"{folder}: no description of the part {part!r} of {name} ({error})") from None
         pool = pools.get("" if "" in pools else part, [])
-        if len(pool) < task.shots:
-            raise ValueError(f"{folder / task.shot_files[0]}: {len(pool)} demonstrations of {part or name}, it takes {task.shots}; add rows")
+        least = count + (task.spare_shot and count > 0)
+        if len(pool) < least:
+            raise ValueError(f"{folder / task.shot_files[0]}: {len(pool)} demonstrations of {part or name}, it takes {least}; add rows")
         rng = random.Random(SHOT_SEED)
         for item in items:
-            shots = rng.sample(pool, task.shots) if task.draw_shots else pool[:task.shots]
-            shown = [shot.query + task.delimiter + shot.demonstration + task.shot_delimiter for shot in shots]
+            shots = choose_shots(task, pool, count, item, rng)
+            shown = [shot.demonstrate(task.delimiter) + task.shot_delimiter for shot in shots]
             questions.append(Question(item, part, description + "".join(shown)))
     return questions
 
@@ -478,7 +489,7 @@ def group_mean(names: Sequence[str], results: dict[str, Result]) -> Number | Non
 
 def table(results: dict[str, Result], groups: Sequence[str]) -> str:
     """Lay out results for a terminal: one line per task and metric, one per group, then what was left out."""
-    lines = [f"{'task':24}{'metric':32}{'value':>10}{'stderr':>10}{'n':>8}{'skipped':>9}"]
+    lines = [f"{'task':24}{'shots':>5}  {'metric':32}{'value':>10}{'stderr':>10}{'n':>8}{'skipped':>9}"]
     notes = []
 
     def number(x: float) -> str:
@@ -486,14 +497,14 @@ def table(results: dict[str, Result], groups: Sequence[str]) -> str:
     for name, result in results.items():
         skipped = result.skipped.total()
         for metric, x in result.metrics.items() or {"-": Number(math.nan, math.nan, 0)}.items():
-            lines.append(f"{name:24}{metric:32}{number(x.value)}{number(x.error)}{x.n:>8}{skipped:>9}")
+            lines.append(f"{name:24}{result.shots:>5}  {metric:32}{number(x.value)}{number(x.error)}{x.n:>8}{skipped:>9}")
         notes += [f"{name}: {count} skipped: {reason}" if count else f"{name}: not run: {reason}" for reason, count in result.skipped.items()]
         if result.truncated:
             notes.append(f"{name}: {result.truncated} prompts longer than the model's context lost their beginning")
     for group in groups:
         x = group_mean(GROUPS[group], results)
         if x:
-            lines.append(f"{group:24}{f'mean over {x.n} of {len(GROUPS[group])} tasks':32}{number(x.value)}{number(x.error)}")
+            lines.append(f"{group:31}{f'mean over {x.n} of {len(GROUPS[group])} tasks':32}{number(x.value)}{number(x.error)}")
     return "\n".join([*lines, *notes])
 
 
@@ -526,14 +537,16 @@ def plan(names: str) -> tuple[dict[str, bool], list[str]]:
 
 def prepare(name: str, options: argparse.Namespace, tokenizer: Tokenizer) -> tuple[Task, list[Question]]:
     """Return a task and its questions; Unavailable if it cannot run with these options."""
-    if name == "microcosm":
-        return MICROCOSM, microcosm_questions(tokenizer, options.limit, options.seed)
-    if name in TASKS:
-        task, folder = TASKS[name], options.data
-        if folder is None:
-            raise Unavailable(f"{name} reads files: give --data=FOLDER")
-    else:
-        task, folder = replace(GENERIC, files=(Path(name).name,)), Path(name).parent
+    own = replace(GENERIC, files=(Path(name).name,))
+    task, folder = {"microcosm": MICROCOSM, **TASKS}.get(name, own), options.data if name in TASKS else Path(name).parent
+    if options.shots is not None:
+        if not task.shot_files:
+            raise Unavailable(f"{name} has {task.shots or 'no'} demonstrations, always: leave out --shots")
+        task = replace(task, shots=options.shots)
+    if task is MICROCOSM:
+        return task, microcosm_questions(tokenizer, options.limit, options.seed)
+    if folder is None:
+        raise Unavailable(f"{name} reads files: give --data=FOLDER")
     questions = read_questions(name, task, folder, options.limit, options.seed)
     if any(question.item.checks for question in questions) and not options.allow_code_execution:
         raise Unavailable(f"{name} runs programs that the model writes: allow it with --allow-code-execution")
@@ -542,6 +555,11 @@ def prepare(name: str, options: argparse.Namespace, tokenizer: Tokenizer) -> tup
 
 def parse_options(args: Sequence[str]) -> argparse.Namespace:
     """Read the command line; an error exits with status 2."""
+    def count(text: str) -> int:
+        if int(text) < 0:
+            raise ValueError
+        return int(text)
+
     def positive(text: str) -> int:
         if int(text) < 1:
             raise ValueError
@@ -552,6 +570,7 @@ def parse_options(args: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("model", type=Path, help="model folder in the Hugging Face layout, with its tokenizer.model")
     parser.add_argument("--tasks", required=True, help="names of tasks, groups and files, separated by commas")
     parser.add_argument("--data", type=Path, help="folder with the benchmarks' files")
+    parser.add_argument("--shots", type=count, help="demonstrations before a question, from the task's train.jsonl (the harness's number)")
     parser.add_argument("--limit", type=positive, help="at most so many questions of every part of a task, drawn from the seed")
     parser.add_argument("--seed", type=int, default=0, help="of the questions drawn and of samples (0)")
     parser.add_argument("--batch_tokens", type=positive, help="tokens of a batch, padding included (16384 on a GPU, 2048 on a CPU)")

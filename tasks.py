@@ -37,9 +37,10 @@ class Item:
     checks: str = ""                    # program text that raises unless the code before it is right
     opening: str = ""                   # program text before the generated code
 
-    @property
-    def demonstration(self) -> str:
-        return self.shown or (self.choices[self.gold[0]] if self.choices else self.answers[0])
+    def demonstrate(self, delimiter: str) -> str:
+        """Return query and answer as a demonstration shows them."""
+        query = self.queries[self.gold[0]] if self.queries else self.query
+        return query + delimiter + (self.shown or (self.choices[self.gold[0]] if self.choices else self.answers[0]))
 
 
 @dataclass(frozen=True)
@@ -395,7 +396,7 @@ def mbpp_shots(part: str, folder: Path) -> str:
     """Return tasks 2, 3 and 4 with their solutions."""
     rows = [load_json(line) for _, line in read_rows(folder / "mbpp" / "mbpp.jsonl")]
     shots = [mbpp_item(row) for row in rows if row["task_id"] in (2, 3, 4)]
-    return "".join(f"{shot.query}{shot.demonstration}\n\n" for shot in shots)
+    return "".join(f"{shot.demonstrate('')}\n\n" for shot in shots)
 
 
 def generic(row: Row) -> Item:
@@ -424,9 +425,10 @@ class Task:
     metrics: Mapping[str, Metric]                               # the first is the one for the mean over tasks
     part: Callable[[Row], str] = lambda row: ""                 # rows of one part share demonstrations and a line of the results
     describe: Callable[[str, Path], str] = lambda part, folder: ""  # of a part: the text before everything else
-    shots: int = 0
+    shots: int = 0                                              # demonstrations, by default; without shot_files `describe` shows them
     shot_files: tuple[str, ...] = ()
     draw_shots: bool = False                                    # drawn anew for every question, or the first of the file
+    spare_shot: bool = False                                    # one more is drawn, as the harness does where no test split exists
     delimiter: str = " "                                        # between query and answer
     shot_delimiter: str = "\n\n"
     until: tuple[str, ...] = ()
@@ -453,10 +455,16 @@ GSM8K_IGNORED = (",", r"\$", "(?s).*#### ", r"\.$")
 ARTICLES = (r"\b(?:The |the |An |A |The |a |an )",)
 ANSWER_STOPS = ("\n", ".", ",")
 
+def trained(read: Callable[[Row], Item], folder: str, metrics: Mapping[str, Metric], splits: Sequence[str] = ("validation",)) -> Task:
+    """Make the task of a data set with a training split, which is asked without demonstrations unless the user wants some."""
+    return Task(read, tuple(f"{folder}/{split}.jsonl" for split in splits), metrics, shot_files=(f"{folder}/train.jsonl",), draw_shots=True,
+                spare_shot="test" not in splits)
+
+
 TASKS: dict[str, Task] = {
     "mmlu": Task(mmlu, ("mmlu/test.jsonl", "mmlu/test/*_test.csv"), ACC, mmlu_subject, shots=5, shot_files=("mmlu/dev.jsonl", "mmlu/dev/*_dev.csv"),
                  describe=lambda part, _: f"The following are multiple choice questions (with answers) about {part.replace('_', ' ')}.\n\n"),
-    "bbh": Task(bbh, ("bbh/*.json",), {"exact_match,get-answer": exact_match(extract("(?<=the answer is )(.*)(?=.)"))}, file_part, bbh_shots,
+    "bbh": Task(bbh, ("bbh/*.json",), {"exact_match,get-answer": exact_match(extract("(?<=the answer is )(.*)(?=.)"))}, file_part, bbh_shots, shots=3,
                 delimiter="", until=("</s>", "Q", "\n\n"), max_new_tokens=1024),
     "agieval": Task(agieval, ("agieval/*.jsonl",), {"acc": agieval_acc, "acc_norm": acc_norm}, file_part, until=("Q:",), max_new_tokens=32),
     "gsm8k": Task(gsm8k, ("gsm8k/test.jsonl",), {
@@ -464,25 +472,26 @@ TASKS: dict[str, Task] = {
         "exact_match,flexible-extract": exact_match(extract("(-?[$0-9.,]{2,})|(-?[0-9]+)", -1), GSM8K_IGNORED, case=False)},
         shots=5, shot_files=("gsm8k/train.jsonl",), draw_shots=True, until=("Question:", "</s>", "<|im_end|>")),
     "humaneval": Task(humaneval, ("humaneval/HumanEval.jsonl*",), {}, until=("\nclass", "\ndef", "\n#", "\nif", "\nprint"), max_new_tokens=1024),
-    "mbpp": Task(mbpp, ("mbpp/mbpp.jsonl",), {}, describe=mbpp_shots, delimiter="", until=("[DONE]",)),
-    "triviaqa": Task(triviaqa, ("triviaqa/*.jsonl",), {"exact_match,remove_whitespace": exact_match(str.strip, case=False, punctuation=False)},
-                     until=ANSWER_STOPS),
+    "mbpp": Task(mbpp, ("mbpp/mbpp.jsonl",), {}, describe=mbpp_shots, shots=3, delimiter="", until=("[DONE]",)),
+    "triviaqa": Task(triviaqa, ("triviaqa/validation.jsonl", "triviaqa/*.jsonl"), {"exact_match,remove_whitespace": exact_match(str.strip, case=False, punctuation=False)},
+                     shot_files=("triviaqa/train.jsonl",), draw_shots=True, spare_shot=True, until=ANSWER_STOPS),
     "nq_open": Task(nq_open, ("nq_open/validation.jsonl",),
                     {"exact_match,remove_whitespace": exact_match(str.strip, ARTICLES, case=False, punctuation=False)},
-                    describe=fixed("Answer these questions:\n\n"), shot_delimiter="\n", until=ANSWER_STOPS),
+                    describe=fixed("Answer these questions:\n\n"), shot_files=("nq_open/train.jsonl",), draw_shots=True, spare_shot=True,
+                    shot_delimiter="\n", until=ANSWER_STOPS),
     "lambada_openai": Task(lambada, ("lambada/*.jsonl",), LAST_WORD),
-    "arc_easy": Task(arc, ("arc_easy/test.jsonl", "arc_easy/validation.jsonl"), BOTH),
-    "arc_challenge": Task(arc, ("arc_challenge/test.jsonl", "arc_challenge/validation.jsonl"), {"acc_norm": acc_norm, "acc": acc}),
-    "hellaswag": Task(hellaswag, ("hellaswag/validation*.jsonl",), {"acc_norm": acc_norm, "acc": acc}),
-    "winogrande": Task(winogrande, ("winogrande/validation.jsonl",), ACC),
-    "piqa": Task(piqa, ("piqa/validation.jsonl",), BOTH),
-    "boolq": Task(boolq, ("boolq/validation.jsonl",), ACC),
-    "openbookqa": Task(openbookqa, ("openbookqa/test.jsonl", "openbookqa/validation.jsonl"), BOTH),
-    "social_iqa": Task(social_iqa, ("social_iqa/validation.jsonl",), ACC),
-    "commonsense_qa": Task(commonsense_qa, ("commonsense_qa/validation.jsonl",), ACC),
-    "sciq": Task(sciq, ("sciq/test.jsonl", "sciq/validation.jsonl"), BOTH),
-    "copa": Task(copa, ("copa/validation.jsonl",), ACC),
-    "rte": Task(rte, ("rte/validation.jsonl",), ACC),
+    "arc_easy": trained(arc, "arc_easy", BOTH, ("test", "validation")),
+    "arc_challenge": trained(arc, "arc_challenge", {"acc_norm": acc_norm, "acc": acc}, ("test", "validation")),
+    "hellaswag": trained(hellaswag, "hellaswag", {"acc_norm": acc_norm, "acc": acc}, ("validation*",)),
+    "winogrande": trained(winogrande, "winogrande", ACC),
+    "piqa": trained(piqa, "piqa", BOTH),
+    "boolq": trained(boolq, "boolq", ACC),
+    "openbookqa": trained(openbookqa, "openbookqa", BOTH, ("test", "validation")),
+    "social_iqa": trained(social_iqa, "social_iqa", ACC),
+    "commonsense_qa": trained(commonsense_qa, "commonsense_qa", ACC),
+    "sciq": trained(sciq, "sciq", BOTH, ("test", "validation")),
+    "copa": trained(copa, "copa", ACC),
+    "rte": trained(rte, "rte", ACC),
     "truthfulqa_mc1": Task(truthfulqa("mc1_targets"), ("truthfulqa/mc_task.json", "truthfulqa/*.jsonl"), ACC, describe=fixed(TRUTHFUL_SHOTS)),
     "truthfulqa_mc2": Task(truthfulqa("mc2_targets"), ("truthfulqa/mc_task.json", "truthfulqa/*.jsonl"), {"acc": mc2}, describe=fixed(TRUTHFUL_SHOTS)),
     "xnli": Task(xnli, ("xnli/dev_*.jsonl",), ACC, last_part),

@@ -299,6 +299,21 @@ def test_broken_csv_and_missing_demonstrations_are_refused(tmp_path):
         read_questions("mmlu", TASKS["mmlu"], tmp_path, None, 0)
 
 
+def test_demonstrations_on_request(tmp_path):
+    rows = [{"sentence": f"The cup {i} fell on the plate because _ slid.", "option1": "it", "option2": "the plate", "answer": "2"} for i in range(9)]
+    (tmp_path / "winogrande").mkdir()
+    for split in ("train", "validation"):  # the same rows, to see that no question is its own demonstration
+        (tmp_path / "winogrande" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = benchmarks.replace(TASKS["winogrande"], shots=2)
+    rng, pool = random.Random(1234), list(range(9))
+    for i, question in enumerate(read_questions("winogrande", task, tmp_path, None, 0)):
+        shown = [j for j in rng.sample(pool, 3) if j != i][:2]
+        assert question.prefix == "".join(f"The cup {j} fell on the plate because the plate slid.\n\n" for j in shown)
+    with pytest.raises(ValueError, match="9 demonstrations of winogrande, it takes 10"):
+        read_questions("winogrande", benchmarks.replace(task, shots=9), tmp_path, None, 0)
+    assert all(not question.prefix for question in read_questions("winogrande", benchmarks.replace(task, shots=0), tmp_path, None, 0))
+
+
 def test_questions_that_do_not_fit_are_counted():
     engine = small_engine(context=16)
     questions = [Question(Item("q", ("a", "b"), (0,))), Question(Item("q", ("a" * 40, "b"), (0,))), Question(Item("q" * 40, ("a", "b"), (0,)))]
@@ -422,7 +437,7 @@ def test_command_on_one_and_on_two_ranks(world, tmp_path):
         done = command(world, tasks, f"--data={tmp_path}", "--limit=20", "--batch_tokens=200", f"--out={tmp_path / f'{ranks}.json'}", ranks=ranks)
         assert done.returncode == 0, done.stderr
         outputs.append(json.loads((tmp_path / f"{ranks}.json").read_text()))
-    assert "microcosm               strict" in done.stdout and "mmlu: not run: " in done.stdout
+    assert "microcosm                   0  strict" in done.stdout and "mmlu: not run: " in done.stdout
     one, two = (output["tasks"] for output in outputs)
     assert one["microcosm"]["metrics"]["strict"]["n"] == 240 and set(one["microcosm"]["parts"]["strict"]) == set(microcosm.TASKS)
     assert one == two and one[str(world / "mine.jsonl")]["metrics"]["acc"]["n"] == 20
@@ -432,6 +447,8 @@ def test_command_on_one_and_on_two_ranks(world, tmp_path):
     (["--tasks=bad.jsonl"], "bad.jsonl:1: an empty choice (choice 2 of 2); correct this row or take it out"),
     (["--tasks=boolq", "--data=nowhere"], "nowhere/boolq/validation.jsonl: no such file"),
     (["--tasks=boolqq"], "--tasks: no task 'boolqq'"),
+    (["--tasks=bbh", "--data=nowhere", "--shots=5"], "bbh has 3 demonstrations, always: leave out --shots"),
+    (["--tasks=microcosm", "--shots=5"], "microcosm has no demonstrations, always: leave out --shots"),
 ])
 def test_command_refuses_with_one_line_and_status_2(world, args, message):
     done = command(world, *[arg.replace("bad.jsonl", str(world / "bad.jsonl")) for arg in args])

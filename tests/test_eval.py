@@ -397,7 +397,7 @@ def test_chat_says_what_generate_says(finished, monkeypatch, capsys, temperature
     assert out.split("\n", 1)[1] == replies + f"> > > {third}\n[score {last_score:.2f}]\n> \n" and not err
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_program(finished, monkeypatch, capsys):
+def test_ctrl_c_stops_the_answer_and_not_the_program(finished, monkeypatch, capsys, request):
     folder, stream = finished[0] / "ppo", chat.stream
 
     def interrupted(*args, **kwargs):
@@ -406,6 +406,8 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(finished, monkeypatch, caps
                 signal.raise_signal(signal.SIGINT)
             yield token
     monkeypatch.setattr(chat, "stream", interrupted)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start what runs in the background with SIGINT ignored
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, handler))
     out, _ = talk(monkeypatch, capsys, folder, ["Review: Buy our new beer.", "/reset", "Copy: cat dog"], "--temperature=0")
     whole, _ = expected(folder, ["Review: Buy our new beer."], 0)
     stopped = out.split("> ")[1].splitlines()[0]

@@ -4,6 +4,7 @@ For development: skipped unless `lm_eval`, `transformers` and ../shared/data are
 """
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,14 @@ FILES = {
     "truthfulqa_mc2": ("truthfulqa/truthfulqa_mc2.yaml", "validation", "truthfulqa/rows.jsonl", "truthfulqa/mc_task.json", 12),
     "gsm8k": ("gsm8k/gsm8k.yaml", "test", "gsm8k/test.jsonl", "gsm8k/test.jsonl", 3),
 }
-SHOTS = {"mmlu": ("dev", "mmlu/dev.jsonl"), "gsm8k": ("train", "gsm8k/train.jsonl")}
+# task -> demonstrations: how many, the harness's split, (target, source) here
+SHOTS = {
+    "mmlu": (5, "dev", "mmlu/dev.jsonl", "mmlu/dev.jsonl"),
+    "gsm8k": (5, "train", "gsm8k/train.jsonl", "gsm8k/train.jsonl"),
+    "arc_easy": (3, "train", "arc_easy/train.jsonl", "arc_challenge/validation.jsonl"),
+    "winogrande": (2, "train", "winogrande/train.jsonl", "winogrande/validation.jsonl"),
+}
+RECORDS = {name: replace(TASKS[name], shots=SHOTS.get(name, (0,))[0]) for name in FILES}
 
 
 def prepared(path: str, count: int | None = None) -> list[dict]:
@@ -84,11 +92,11 @@ def harness_results(folder: Path, model_folder: Path) -> dict:
     from lm_eval.models.huggingface import HFLM
     home, specs = Path(lm_eval.__file__).parent / "tasks", []
     for name, (yaml, split, path, _, _) in FILES.items():
-        extra, shots = SHOTS.get(name, (None, None))
+        count, extra, shots, _ = SHOTS.get(name, (0, None, None, None))
         unused = {other: str(folder / path) for other in ("train", "validation", "dev", "test")}  # splits that are named must exist
         files = {**unused, split: str(folder / path), **({extra: str(folder / shots)} if extra else {})}
         spec = {"include": str(home / yaml), "task": name, "dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files},
-                "num_fewshot": TASKS[name].shots}
+                "num_fewshot": count}
         (folder / f"{name}.yaml").write_text(json.dumps(spec))
         specs.append(str(folder / f"{name}.yaml"))
     model = transformers.LlamaForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
@@ -101,14 +109,14 @@ def test_harness_and_this_code_agree(tmp_path, monkeypatch):
     model = Transformer(ModelConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=32000, ffn_dim=128, max_seq_len=1024))
     init_weights(model, 0)
     save_pretrained(model, tmp_path / "model", Tokenizer(SHARED / "tokenizer"))
-    wanted = [(target, source, rows) for _, _, target, source, rows in FILES.values()] + [(path, path, None) for _, path in SHOTS.values()]
+    wanted = [(target, source, rows) for _, _, target, source, rows in FILES.values()] + [(target, source, None) for _, _, target, source in SHOTS.values()]
     for target, source, count in wanted:
         (tmp_path / target).parent.mkdir(exist_ok=True)
         (tmp_path / target).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in prepared(source, count)), encoding="utf-8")
     theirs = harness_results(tmp_path, tmp_path / "model")
     engine = Engine(load_pretrained(tmp_path / "model"), Tokenizer(tmp_path / "model"), Machine(0, 1, torch.device("cpu"), torch.float32), 4096)
     for name in FILES:
-        task, questions = TASKS[name], read_questions(name, TASKS[name], tmp_path, None, 0)
+        task, questions = RECORDS[name], read_questions(name, RECORDS[name], tmp_path, None, 0)
         asked = [encode_question(question, task, engine.tokenizer, engine.context_size) for question in questions]
         given = benchmarks.answer_questions(name, task, questions, asked, engine)
         samples = sorted(theirs["samples"][name], key=lambda sample: sample["doc_id"])
