@@ -1,6 +1,6 @@
 """Public benchmarks with the numbers of lm-evaluation-harness, on one process or under torchrun.
 
-    python eval.py run MODEL_DIR --tasks=arc_easy,general12 --data=FOLDER
+    python eval.py run MODEL_DIR [MODEL_DIR ...] --tasks=arc_easy,general12 --data=FOLDER
     torchrun --nproc_per_node=8 eval.py run MODEL_DIR --tasks=all --data=FOLDER --limit=200 --out=results.json
 
     files -> rows -> Item -> Question (demonstrations before it) -> token ids -> Outcome -> metrics -> table
@@ -19,7 +19,7 @@ import math
 import random
 import re
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Iterable, Iterator, NamedTuple, Sequence
 
@@ -32,8 +32,9 @@ import data
 import microcosm
 import parallel
 import sandbox
+from compare import change_interval, draw_tasks, mean
 from data import Tokenizer
-from model import Grid, Transformer, generate, load_pretrained, rope_table
+from model import Grid, Transformer, generate, load_pretrained, read_config, rope_table
 from tasks import GENERIC, GROUPS, TASKS, Item, Outcome, Task
 
 SHOT_SEED = 1234            # of drawn demonstrations, as in the harness
@@ -50,11 +51,11 @@ class Unavailable(ValueError):
 
 @dataclass(frozen=True)
 class Question:
-    """An item and all text before its query. prompt: token ids in place of that text, for models with a template of their own."""
+    """An item and all text before its query; or with a chat template, the item as what a user says."""
     item: Item
     part: str = ""
     prefix: str = ""
-    prompt: tuple[int, ...] = ()
+    template: str = ""
 
 
 def read_csv(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
@@ -168,11 +169,10 @@ def microcosm_strict(item: Item, outcome: Outcome) -> float:
 MICROCOSM = Task(lambda row: None, (), {"strict": microcosm_strict}, max_new_tokens=32)
 
 
-def microcosm_questions(tokenizer: Tokenizer, limit: int | None, seed: int) -> list[Question]:
+def microcosm_questions(limit: int | None, seed: int) -> list[Question]:
     """Draw the embedded world's 12 general tasks, 60 questions or `limit` of each, in the template its models are trained on."""
     items = microcosm.items("eval", len(microcosm.TASKS) * (60 if limit is None else limit), seed, in_domain_share=0.0)
-    return [Question(Item(item.prompt, answers=(item.answer,)), item.task,
-                     prompt=tuple(data.encode_prompt(tokenizer, (data.Message("user", item.prompt),), "plain"))) for item in items]
+    return [Question(Item(item.prompt, answers=(item.answer,)), item.task, template="plain") for item in items]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -347,8 +347,8 @@ def pass_at_k(n: int, right: int, k: int) -> float:
 
 def standard_error(values: Sequence[float]) -> float:
     """Return the sample deviation over sqrt(n); NaN for fewer than two values."""
-    mean, n = math.fsum(values) / max(len(values), 1), len(values)
-    return math.sqrt(math.fsum((x - mean) ** 2 for x in values) / (n - 1) / n) if n > 1 else math.nan
+    middle, n = mean(values), len(values)
+    return math.sqrt(math.fsum((x - middle) ** 2 for x in values) / (n - 1) / n) if n > 1 else math.nan
 
 
 def pooled_error(errors: Sequence[float], sizes: Sequence[int]) -> float:
@@ -383,10 +383,9 @@ class Number(NamedTuple):
 def summarize(metric: str, parts: dict[str, list[float]]) -> tuple[Number, dict[str, Number]]:
     """Return a metric over all questions, which weights parts by size, and over every part."""
     def one(values: list[float]) -> Number:
-        mean = math.fsum(values) / len(values)
         if metric == "perplexity":
-            return Number(math.exp(-mean), perplexity_error(values), len(values))
-        return Number(mean, standard_error(values), len(values))
+            return Number(math.exp(-mean(values)), perplexity_error(values), len(values))
+        return Number(mean(values), standard_error(values), len(values))
     numbers = {part: one(values) for part, values in parts.items()}
     if len(numbers) == 1:
         return next(iter(numbers.values())), numbers
@@ -403,6 +402,8 @@ class Result:
     skipped: Counter[str]                   # reason -> questions
     truncated: int = 0                      # questions that lost tokens on the left
     shots: int = 0
+    values: dict[str, dict[int, float]] = field(default_factory=dict)   # metric -> index of a question -> its value
+    answers: list[dict[str, Any]] = field(default_factory=list)         # every question and what the model said, for people to read
 
 
 class Asked(NamedTuple):
@@ -424,7 +425,10 @@ def encode_question(question: Question, task: Task, tokenizer: Tokenizer, contex
     room = context_size - task.max_new_tokens
     if room < 1:
         return Asked([], (), f"{task.max_new_tokens} new tokens leave no room in the model's context of {context_size}")
-    prompt = question.prompt or (tokenizer.bos_id, *tokenizer.encode(question.prefix + question.item.query))
+    if question.template:
+        prompt = data.encode_prompt(tokenizer, (data.Message("user", question.item.query),), question.template)
+    else:
+        prompt = [tokenizer.bos_id, *tokenizer.encode(question.prefix + question.item.query)]
     return Asked([], prompt[-room:], cut=len(prompt) > room)
 
 
@@ -441,25 +445,38 @@ def answer_questions(name: str, task: Task, questions: Sequence[Question], asked
     return [outcomes[i] for i in range(len(questions))]
 
 
-def measure(name: str, task: Task, questions: Sequence[Question], outcomes: Sequence[Sequence[Outcome]], engine: Engine) -> dict[str, dict[str, list[float]]]:
-    """Return metric -> part -> one value per question."""
-    values: dict[str, dict[str, list[float]]] = {}
-
-    def put(metric: str, part: str, value: float) -> None:
-        values.setdefault(metric, {}).setdefault(part, []).append(value)
+def measure(name: str, task: Task, questions: Sequence[Question], outcomes: Sequence[Sequence[Outcome]], engine: Engine) -> dict[str, dict[int, float]]:
+    """Return metric -> index of a question -> its value."""
+    values: dict[str, dict[int, float]] = {}
     programs = [f"{q.item.opening}{outcome.text}\n{q.item.checks}" for q, given in zip(questions, outcomes) for outcome in given if q.item.checks]
     verdicts = iter(engine.check(programs, name) if programs else ())
-    for question, given in zip(questions, outcomes):
+    for i, (question, given) in enumerate(zip(questions, outcomes)):
         if question.item.checks:
             right = sum(next(verdicts) for _ in given)
             for k in (1, 10, 100):
                 if k <= len(given):
-                    put(f"pass@{k}", question.part, pass_at_k(len(given), right, k))
+                    values.setdefault(f"pass@{k}", {})[i] = pass_at_k(len(given), right, k)
         for metric, judge in task.metrics.items():
             value = judge(question.item, given[0])
             if value is not None:
-                put(metric, question.part, value)
+                values.setdefault(metric, {})[i] = value
     return values
+
+
+def by_part(values: dict[int, float], questions: Sequence[Question]) -> dict[str, list[float]]:
+    parts: dict[str, list[float]] = {}
+    for i, value in values.items():
+        parts.setdefault(questions[i].part, []).append(value)
+    return parts
+
+
+def describe(i: int, question: Question, given: Sequence[Outcome], values: dict[str, dict[int, float]]) -> dict[str, Any]:
+    """Return a question without its demonstrations, what the model said and what that earned."""
+    item = question.item
+    said = {"choices": item.choices, "gold": item.gold, "logprobs": given[0].logprobs} if item.choices else \
+        {"answers": item.answers, "texts": [outcome.text for outcome in given]}
+    return {"part": question.part, "index": i, "query": item.queries or item.query, **said,
+            "values": {metric: row[i] for metric, row in values.items() if i in row}}
 
 
 def evaluate(name: str, task: Task, questions: Sequence[Question], engine: Engine) -> Result:
@@ -469,54 +486,160 @@ def evaluate(name: str, task: Task, questions: Sequence[Question], engine: Engin
     asked = [encode_question(question, task, engine.tokenizer, engine.context_size) for question in questions]
     kept = [i for i, one in enumerate(asked) if not one.reason]
     outcomes = answer_questions(name, task, [questions[i] for i in kept], [asked[i] for i in kept], engine)
-    values = measure(name, task, [questions[i] for i in kept], outcomes, engine)
-    result = Result({}, {}, Counter(one.reason for one in asked if one.reason), sum(asked[i].cut for i in kept), task.shots)
-    for metric, parts in values.items():
-        result.metrics[metric], result.parts[metric] = summarize(metric, parts)
+    measured = measure(name, task, [questions[i] for i in kept], outcomes, engine)
+    values = {metric: {kept[i]: value for i, value in row.items()} for metric, row in measured.items()}
+    result = Result({}, {}, Counter(one.reason for one in asked if one.reason), sum(asked[i].cut for i in kept), task.shots, values,
+                    [describe(i, questions[i], given, values) for i, given in zip(kept, outcomes)])
+    for metric, row in values.items():
+        result.metrics[metric], result.parts[metric] = summarize(metric, by_part(row, questions))
     return result
+
+
+# ---------------------------------------------------------------------------------------------
+# One model against another
+
+class Change(NamedTuple):
+    """By how much a metric changed over the n questions both models were asked, and its 95 % interval."""
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+def differences(after: dict[int, float], before: dict[int, float]) -> list[float]:
+    return [after[i] - before[i] for i in after if i in before]
+
+
+def change(metric: str, after: dict[int, float], before: dict[int, float]) -> Change | None:
+    """Compare values of the same questions; None for fewer than two. A perplexity's interval is that of the ratio of both."""
+    gained = differences(after, before)
+    if len(gained) < 2:
+        return None
+    if metric == "perplexity":
+        old = math.exp(-mean(before[i] for i in after if i in before))
+        value, high, low = (old * math.expm1(-x) for x in (mean(gained), *change_interval([gained], 0.0)))
+        return Change(value, low, high, len(gained))
+    return Change(mean(gained), *change_interval([gained]), len(gained))
+
+
+Results = dict[str, dict[str, Result]]  # model -> task -> result; changes are those of the last model against the one before it
+
+
+def changes(results: Results) -> dict[str, dict[str, Change | None]]:
+    """Return task -> metric -> change; nothing for one model."""
+    if len(results) < 2:
+        return {}
+    before, after = [*results.values()][-2:]
+    return {name: {metric: change(metric, row, before[name].values.get(metric, {})) for metric, row in result.values.items()}
+            for name, result in after.items()}
+
+
+def members(group: str, results: Results) -> list[str]:
+    """Return the tasks of a group that every model was asked: a mean over other tasks could not be compared."""
+    return [name for name in GROUPS[group] if all(one[name].metrics for one in results.values())]
+
+
+def group_mean(names: Sequence[str], results: dict[str, Result]) -> Number | None:
+    """Return the plain mean over tasks of each one's first metric, and the error that independent tasks give it."""
+    firsts = [next(iter(results[name].metrics.values())) for name in names]
+    return Number(mean(x.value for x in firsts), math.sqrt(math.fsum(x.error**2 for x in firsts)) / len(firsts), len(firsts)) if firsts else None
+
+
+def group_change(names: Sequence[str], results: Results) -> Change | None:
+    """Return the change of that mean, over what both models were asked."""
+    if len(results) < 2:
+        return None
+    before, after = [*results.values()][-2:]
+    metrics = {name: next(iter(after[name].metrics)) for name in names}
+    strata = [differences(after[name].values[metric], before[name].values[metric]) for name, metric in metrics.items()]
+    strata = [gained for gained in strata if gained]
+    return Change(mean(map(mean, strata)), *change_interval(strata), len(strata)) if strata else None
 
 
 # ---------------------------------------------------------------------------------------------
 # Command
 
-def group_mean(names: Sequence[str], results: dict[str, Result]) -> Number | None:
-    """Return the plain mean over tasks of each one's first metric, and the error that independent tasks give it."""
-    firsts = [next(iter(results[name].metrics.values())) for name in names if results[name].metrics]
-    if not firsts:
-        return None
-    return Number(math.fsum(x.value for x in firsts) / len(firsts), math.sqrt(math.fsum(x.error**2 for x in firsts)) / len(firsts), len(firsts))
+def number(x: float, sign: str = "") -> str:
+    return f"{x:{sign}10.4f}" if abs(x) < 1e4 else f"{x:{sign}10.3g}" if math.isfinite(x) else f"{'-':>10}"
 
 
-def table(results: dict[str, Result], groups: Sequence[str]) -> str:
+def numbers_text(columns: Sequence[Number | None], changed: Change | None) -> str:
+    """Write the value and error of one model, or the values of several and what changed."""
+    if len(columns) == 1:
+        return number(columns[0].value) + number(columns[0].error)
+    text = "".join(f"{number(x.value if x else math.nan):>12}" for x in columns)
+    if changed:
+        text += number(changed.value, "+") + f"{number(changed.low, '+')} to {number(changed.high, '+').strip():10}"
+        text += "noise" * (changed.low <= 0 <= changed.high)
+    return text.rstrip()
+
+
+def table(results: Results, groups: Sequence[str]) -> str:
     """Lay out results for a terminal: one line per task and metric, one per group, then what was left out."""
-    lines = [f"{'task':24}{'shots':>5}  {'metric':32}{'value':>10}{'stderr':>10}{'n':>8}{'skipped':>9}"]
-    notes = []
-
-    def number(x: float) -> str:
-        return f"{x:10.4f}" if math.isfinite(x) else f"{'-':>10}"
-    for name, result in results.items():
-        skipped = result.skipped.total()
-        for metric, x in result.metrics.items() or {"-": Number(math.nan, math.nan, 0)}.items():
-            lines.append(f"{name:24}{result.shots:>5}  {metric:32}{number(x.value)}{number(x.error)}{x.n:>8}{skipped:>9}")
-        notes += [f"{name}: {count} skipped: {reason}" if count else f"{name}: not run: {reason}" for reason, count in result.skipped.items()]
-        if result.truncated:
-            notes.append(f"{name}: {result.truncated} prompts longer than the model's context lost their beginning")
+    tables, changed = list(results.values()), changes(results)
+    head = f"{'value':>10}{'stderr':>10}" if len(tables) == 1 else "".join(f"{name[-11:]:>12}" for name in results) + f"{'change':>10}   95 % interval"
+    lines, notes = [f"{'task':24}{'shots':>5}  {'metric':30}{'n':>7}{'skipped':>9}{head}"], []
+    for name, result in tables[-1].items():
+        for metric in dict.fromkeys(metric for one in tables for metric in one[name].metrics):
+            columns = [one[name].metrics.get(metric) for one in tables]
+            n = columns[-1].n if columns[-1] else 0
+            lines.append(f"{name:24}{result.shots:>5}  {metric:30}{n:>7}{result.skipped.total():>9}{numbers_text(columns, changed.get(name, {}).get(metric))}")
+        if not any(one[name].metrics for one in tables):
+            lines.append(f"{name:24}{'-':>5}  {'-':30}{0:>7}{result.skipped.total():>9}")
     for group in groups:
-        x = group_mean(GROUPS[group], results)
-        if x:
-            lines.append(f"{group:31}{f'mean over {x.n} of {len(GROUPS[group])} tasks':32}{number(x.value)}{number(x.error)}")
-    return "\n".join([*lines, *notes])
+        names = members(group, results)
+        if names:
+            label, columns = f"mean over {len(names)} of {len(GROUPS[group])} tasks", [group_mean(names, one) for one in tables]
+            lines.append(f"{group:31}{label:46}{numbers_text(columns, group_change(names, results))}")
+    for model, one in results.items():
+        for name, result in one.items():
+            who = f"{model}, {name}" if len(tables) > 1 else name
+            notes += [f"{who}: {count} skipped: {reason}" if count else f"{name}: not run: {reason}" for reason, count in result.skipped.items()]
+            if result.truncated:
+                notes.append(f"{who}: {result.truncated} prompts longer than the model's context lost their beginning")
+    return "\n".join([*lines, *dict.fromkeys(notes)])
 
 
-def to_json(results: dict[str, Result], groups: Sequence[str], settings: dict[str, Any]) -> dict[str, Any]:
+def to_json(results: Results, groups: Sequence[str], settings: dict[str, Any]) -> dict[str, Any]:
     """Return results as plain JSON; what is undefined is null."""
-    def plain(x: Number | None) -> dict[str, Any] | None:
-        return x and {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in zip(("value", "stderr", "n"), x)}
-    return {"settings": settings, "groups": {group: plain(group_mean(GROUPS[group], results)) for group in groups}, "tasks": {
-        name: {"metrics": {metric: plain(x) for metric, x in result.metrics.items()}, "shots": result.shots,
-               "skipped": dict(result.skipped), "truncated": result.truncated,
-               "parts": {metric: {part: plain(x) for part, x in parts.items()} for metric, parts in result.parts.items() if len(parts) > 1}}
-        for name, result in results.items()}}
+    def plain(x: NamedTuple | None) -> dict[str, Any] | None:
+        return x and {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in x._asdict().items()}
+
+    def model(results: dict[str, Result]) -> dict[str, Any]:
+        return {"groups": {group: plain(group_mean(names, results)) for group, names in grouped.items()}, "tasks": {
+            name: {"metrics": {metric: plain(x) for metric, x in result.metrics.items()}, "shots": result.shots,
+                   "skipped": dict(result.skipped), "truncated": result.truncated,
+                   "parts": {metric: {part: plain(x) for part, x in parts.items()} for metric, parts in result.parts.items() if len(parts) > 1}}
+            for name, result in results.items()}}
+    grouped = {group: members(group, results) for group in groups}
+    written = {"settings": settings, "models": {name: model(one) for name, one in results.items()}}
+    if len(results) > 1:
+        written["changes"] = {"groups": {group: plain(group_change(names, results)) for group, names in grouped.items()},
+                              "tasks": {name: {metric: plain(x) for metric, x in row.items()} for name, row in changes(results).items()}}
+    return written
+
+
+READING = """Values and standard errors as lm-evaluation-harness gives them. **change** is the last model less the one before it, question by
+question, with the 95 % interval of Agresti and Min (2005); **noise** marks an interval that holds 0. One interval in twenty misses the truth.
+Every question and answer is in answers.jsonl."""
+
+
+def write(folder: Path, results: Results, groups: Sequence[str], settings: dict[str, Any]) -> None:
+    """Write results.json, answers.jsonl and report.md, with a plot if matplotlib is installed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(to_json(results, groups, settings), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    with open(folder / "answers.jsonl", "w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"model": model, "task": name, **answer}, ensure_ascii=False) + "\n"
+                        for model, one in results.items() for name, result in one.items() for answer in result.answers)
+    lines = ["# Benchmarks", "", "```", table(results, groups), "```", "", READING, ""]
+    shares = {model: {name: next(iter(result.metrics.values())).value for name, result in one.items() if result.metrics}
+              for model, one in results.items()}
+    changed = {name: next(iter(row.values())) for name, row in changes(results).items() if row}
+    figure = draw_tasks(shares, {name: (x.value, (x.low, x.high)) for name, x in changed.items() if x})
+    if figure:
+        figure.savefig(folder / "tasks.png", dpi=110)
+        lines += ["![tasks](tasks.png)", ""]
+    (folder / "report.md").write_text("\n".join(lines), encoding="utf-8")
 
 
 def plan(names: str) -> tuple[dict[str, bool], list[str]]:
@@ -535,16 +658,16 @@ def plan(names: str) -> tuple[dict[str, bool], list[str]]:
     return asked, [name for name in names.split(",") if len(GROUPS.get(name, ())) > 1]
 
 
-def prepare(name: str, options: argparse.Namespace, tokenizer: Tokenizer) -> tuple[Task, list[Question]]:
+def prepare(name: str, options: argparse.Namespace) -> tuple[Task, list[Question]]:
     """Return a task and its questions; Unavailable if it cannot run with these options."""
     own = replace(GENERIC, files=(Path(name).name,))
     task, folder = {"microcosm": MICROCOSM, **TASKS}.get(name, own), options.data if name in TASKS else Path(name).parent
     if options.shots is not None:
         if not task.shot_files:
-            raise Unavailable(f"{name} has {task.shots or 'no'} demonstrations, always: leave out --shots")
+            raise Unavailable(f"{name} has {f'{task.shots} fixed' if task.shots else 'no'} demonstrations: leave out --shots")
         task = replace(task, shots=options.shots)
     if task is MICROCOSM:
-        return task, microcosm_questions(tokenizer, options.limit, options.seed)
+        return task, microcosm_questions(options.limit, options.seed)
     if folder is None:
         raise Unavailable(f"{name} reads files: give --data=FOLDER")
     questions = read_questions(name, task, folder, options.limit, options.seed)
@@ -567,7 +690,8 @@ def parse_options(args: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("eval.py run", description="Public benchmarks with the prompts and metrics of lm-evaluation-harness.",
                                      epilog=f"tasks: {', '.join(TASKS)}; groups: {', '.join(GROUPS)}; or a file.jsonl of "
                                             "{query, choices, gold}, {context, continuation} or {context, answer, aliases}")
-    parser.add_argument("model", type=Path, help="model folder in the Hugging Face layout, with its tokenizer.model")
+    parser.add_argument("models", type=Path, nargs="+", metavar="DIR",
+                        help="model folders with their tokenizer.model; of several, the last is compared with the one before it")
     parser.add_argument("--tasks", required=True, help="names of tasks, groups and files, separated by commas")
     parser.add_argument("--data", type=Path, help="folder with the benchmarks' files")
     parser.add_argument("--shots", type=count, help="demonstrations before a question, from the task's train.jsonl (the harness's number)")
@@ -577,30 +701,42 @@ def parse_options(args: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the model (auto: bfloat16 on a GPU)")
     parser.add_argument("--samples", type=positive, default=1, help="programs per code problem, for pass@10 and pass@100 (1, greedy)")
     parser.add_argument("--allow-code-execution", action="store_true", help="run the programs that the model writes, confined")
-    parser.add_argument("--out", type=Path, help="write the results to this JSON file, too")
+    parser.add_argument("--out", type=Path, help="new folder for report.md, results.json and all answers")
     return parser.parse_args(args)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Evaluate a model; ValueError says in one line what cannot be done."""
+    """Evaluate models; ValueError says in one line what cannot be done."""
     asked, groups = plan(options.tasks)
     machine = parallel.start(options.dtype)
-    engine = Engine(load_pretrained(options.model, machine.device, machine.dtype), Tokenizer(options.model), machine,
-                    options.batch_tokens or (16384 if machine.device.type == "cuda" else 2048), options.samples, options.seed)
+    if options.out and options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
+        raise ValueError(f"--out={options.out} holds something already; name a new folder")
+    if len(set(options.models)) < len(options.models):
+        raise ValueError("a model folder is named twice; nothing can change between them")
+    names = [folder.name for folder in options.models]
+    models = dict(zip(names if len(set(names)) == len(names) else map(str, options.models), options.models))
+    for folder in models.values():
+        read_config(folder)  # a wrong folder shows at once, too
+    tokenizers = {name: Tokenizer(folder) for name, folder in models.items()}
     ready: dict[str, tuple[Task, list[Question]] | Result] = {}
     for name, by_name in asked.items():  # all files are read before the first question is asked: a bad row shows at once
         try:
-            ready[name] = prepare(name, options, engine.tokenizer)
+            ready[name] = prepare(name, options)
         except Unavailable as error:
             if by_name:
                 raise
             ready[name] = Result({}, {}, Counter({str(error): 0}))
-    results = {name: one if isinstance(one, Result) else evaluate(name, *one, engine) for name, one in ready.items()}
+    results: Results = {}
+    for model, folder in models.items():
+        engine = Engine(load_pretrained(folder, machine.device, machine.dtype), tokenizers[model], machine,
+                        options.batch_tokens or (16384 if machine.device.type == "cuda" else 2048), options.samples, options.seed)
+        results[model] = {name: one if isinstance(one, Result) else evaluate(f"{model} {name}", *one, engine) for name, one in ready.items()}
+        del engine  # before the next model is loaded
     if machine.is_main:
         print(table(results, groups))
         if options.out:
-            settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
-            options.out.write_text(json.dumps(to_json(results, groups, settings), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            write(options.out, results, groups, {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()
+                                                 if key != "models"} | {"models": list(map(str, options.models))})
     parallel.stop()
 
 

@@ -51,6 +51,45 @@ def change_interval(strata: Sequence[Sequence[float]], pseudo: float = 2.0) -> I
     return (max(low, -1.0), min(high, 1.0)) if pseudo else (low, high)
 
 
+def pyplot() -> Any:
+    """Return matplotlib's pyplot, for files alone; None where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    return pyplot
+
+
+def draw_tasks(models: Mapping[str, Mapping[str, float]], changed: Mapping[str, tuple[float, Interval]]) -> Any:
+    """Draw a bar per task and model, and beside it the change of the last model with its interval, grey where it is noise.
+
+    models: model -> task -> value in [0, 1].   changed: task -> change, interval.   Returns a figure; None without tasks or matplotlib.
+    """
+    tasks, plots = list(dict.fromkeys(task for values in models.values() for task in values)), pyplot()
+    if not tasks or not plots:
+        return None
+    figure, (bars, intervals) = plots.subplots(1, 2, figsize=(10, 0.36 * len(tasks) + 1), sharey=True, constrained_layout=True,
+                                               gridspec_kw={"width_ratios": [3, 2]})
+    for i, (name, values) in enumerate(models.items()):
+        places = [row + 0.81 / max(len(models), 3) * (i - (len(models) - 1) / 2) for row in range(len(tasks))]
+        bars.barh(places, [100 * values.get(task, 0.0) for task in tasks], 0.75 / max(len(models), 3), label=name,
+                  color={"base": "0.75", "sft": "C0", "ppo": "C1"}.get(name, f"C{i + 2}"))
+    bars.set(yticks=range(len(tasks)), yticklabels=tasks, ylim=(len(tasks) - 0.4, -0.6), xlabel="%", xlim=(0, 100))
+    figure.legend(loc="outside upper left", ncols=3, frameon=False)
+    for row, task in enumerate(tasks):
+        if task in changed:
+            value, (low, high) = changed[task]
+            colour = "0.65" if low <= 0 <= high else "C1"
+            intervals.plot([100 * low, 100 * high], [row, row], color=colour, linewidth=2)
+            intervals.plot(100 * value, row, "o", color=colour, markersize=4)
+    intervals.axvline(0, color="0.3", linewidth=0.8)
+    before, last = list(models)[-2:] if len(models) > 1 else ("", "")
+    intervals.set(xlabel=f"{last} less {before}, points; 95 % intervals, grey: noise" if last else "")
+    return figure
+
+
 # ---------------------------------------------------------------------------------------------
 # Head to head
 

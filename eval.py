@@ -3,7 +3,7 @@
     python eval.py compare A B                          head to head: a model folder of the embedded world against another
     python eval.py compare A B --prompts=FILE --judge=REWARD_DIR|JUDGMENTS.json
     python eval.py reward REWARD_DIR --data=FILE        a reward model against people's preferences
-    python eval.py run DIR --tasks=arc_easy --data=FOLDER   public benchmarks, see benchmarks.py
+    python eval.py run A B --tasks=general12 --data=FOLDER  public benchmarks of one or several models, see benchmarks.py
     python eval.py chat DIR                             talk to a model
     python eval.py generate DIR --prompts=FILE --n=5    answers as JSON lines
 
@@ -27,8 +27,8 @@ import benchmarks
 import chat
 import data
 import microcosm
-from compare import (Interval, Pair, change_interval, contest, contest_text, mean, prefer, read_judgments, results_text, share_interval, sigmoid,
-                     to_judge, write_page)
+from compare import (Interval, Pair, change_interval, contest, contest_text, draw_tasks, mean, prefer, pyplot, read_judgments, results_text,
+                     share_interval, sigmoid, to_judge, write_page)
 from model import ScalarModel
 
 
@@ -206,67 +206,46 @@ CURVES = {
 
 def write_plots(out: Path, results: dict) -> list[str]:
     """Draw the tasks, score against KL, and the curves of metrics.jsonl as PNG files; return their names, [] without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
+    plots = pyplot()
+    if not plots:
         return []
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
     rows = read_jsonl(out / "metrics.jsonl") if (out / "metrics.jsonl").exists() else []
-    figures = {"tasks": draw_tasks(pyplot, results), "score_against_kl": draw_path(pyplot, [row for row in rows if row["stage"] == "ppo"]),
-               **{stage: draw_curves(pyplot, stage, [row for row in rows if row["stage"] == stage]) for stage in CURVES}}
+    figures = {"tasks": draw_rows(results), "score_against_kl": draw_path(plots, [row for row in rows if row["stage"] == "ppo"]),
+               **{stage: draw_curves(plots, stage, [row for row in rows if row["stage"] == stage]) for stage in CURVES}}
     for name, figure in figures.items():
         if figure:
             figure.savefig(out / f"{name}.png", dpi=110)
-            pyplot.close(figure)
+            plots.close(figure)
     return [f"{name}.png" for name, figure in figures.items() if figure]
 
 
-def draw_tasks(pyplot: Any, results: dict) -> Any:
-    """Draw a bar per task and model, and beside it the change from SFT to PPO with its interval, grey where it is noise."""
+def draw_rows(results: dict) -> Any:
+    """Draw the in-domain metrics and the general tasks of all models; None on prompts without a rubric."""
     models = {name: {**{f"ads: {key}": model["in_domain"][key] for key in ("gold", "strict", "multi", "verdict")}, **model["general"]["tasks"]}
               for name, model in results["models"].items() if "general" in model}
-    if not models:
-        return None
-    tasks = list(next(iter(models.values())))
-    figure, (bars, intervals) = pyplot.subplots(1, 2, figsize=(10, 0.36 * len(tasks) + 1), sharey=True, constrained_layout=True,
-                                                gridspec_kw={"width_ratios": [3, 2]})
-    for i, (name, values) in enumerate(models.items()):
-        places = [row + 0.27 * (i - (len(models) - 1) / 2) for row in range(len(tasks))]
-        bars.barh(places, [100 * values[task] for task in tasks], 0.25, label=name.upper(), color={"base": "0.75", "sft": "C0", "ppo": "C1"}[name])
-    bars.set(yticks=range(len(tasks)), yticklabels=tasks, xlabel="%", xlim=(0, 100))
-    bars.invert_yaxis()
-    figure.legend(loc="outside upper left", ncols=3, frameon=False)
     changed = {f"ads: {key}": row for key, row in results["changes"].get("in_domain", {}).items()}
     changed.update(results["changes"].get("general", {}).get("tasks", {}))
-    for row, task in enumerate(tasks if changed else ()):
-        low, high = (100 * bound for bound in changed[task]["interval"])
-        colour = "0.65" if low <= 0 <= high else "C1"
-        intervals.plot([low, high], [row, row], color=colour, linewidth=2)
-        intervals.plot(100 * changed[task]["change"], row, "o", color=colour, markersize=4)
-    intervals.axvline(0, color="0.3", linewidth=0.8)
-    intervals.set(xlabel="PPO less SFT, points; 95 % intervals, grey: noise")
-    return figure
+    return draw_tasks(models, {task: (row["change"], row["interval"]) for task, row in changed.items()})
 
 
-def draw_path(pyplot: Any, rows: Sequence[Mapping[str, float]]) -> Any:
+def draw_path(plots: Any, rows: Sequence[Mapping[str, float]]) -> Any:
     """Draw PPO's iterations as points: how far the policy went from SFT, and what score it got for that."""
     if not rows:
         return None
-    figure, axis = pyplot.subplots(figsize=(5.2, 3.6), constrained_layout=True)
+    figure, axis = plots.subplots(figsize=(5.2, 3.6), constrained_layout=True)
     points = axis.scatter([row["kl"] for row in rows], [row["score_mean"] for row in rows], c=[row["step"] for row in rows], s=18)
     axis.set(title="score against KL", xlabel="KL to SFT [nats per response]", ylabel="reward [std of SFT]")
     figure.colorbar(points, label="iteration")
     return figure
 
 
-def draw_curves(pyplot: Any, stage: str, rows: Sequence[Mapping[str, float]]) -> Any:
+def draw_curves(plots: Any, stage: str, rows: Sequence[Mapping[str, float]]) -> Any:
     """Draw a stage's statistics against its steps."""
     if not rows:
         return None
     columns = min(len(CURVES[stage]), 3)
     lines = len(CURVES[stage]) // columns
-    figure, axes = pyplot.subplots(lines, columns, figsize=(3.4 * columns, 2.6 * lines), constrained_layout=True)
+    figure, axes = plots.subplots(lines, columns, figsize=(3.4 * columns, 2.6 * lines), constrained_layout=True)
     for axis, (name, unit) in zip(axes.flat, CURVES[stage]):
         axis.plot([row["step"] for row in rows], [row.get(name) for row in rows], linewidth=0.8)
         axis.set(title=name, xlabel="iteration" if stage == "ppo" else "step", ylabel=unit)

@@ -9,7 +9,7 @@ The batch is the worst case: every prompt and every response has its full length
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple
 

@@ -2,7 +2,6 @@
 iteration, a checkpoint. `ranks.py FOLDER SETTINGS SIZE...` writes what came out to FOLDER/SIZE for each micro-batch size; SETTINGS: ParallelConfig, as JSON."""
 import json
 import sys
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 

@@ -59,10 +59,9 @@ def stand_in_evaluate(name: str, task, questions, tokenizer, texts=()):
     engine.check = lambda programs, name: [False] * len(programs)
     asked = [benchmarks.encode_question(question, task, tokenizer, engine.context_size) for question in questions]
     outcomes = benchmarks.answer_questions(name, task, questions, asked, engine)
-    rows = [benchmarks.measure(name, task, [question], [given], engine) for question, given in zip(questions, outcomes)]
-    values = [{metric: x for metric, parts in row.items() for values in parts.values() for x in values} for row in rows]
-    result = {metric: benchmarks.summarize(metric, parts)[0] for metric, parts in
-              benchmarks.measure(name, task, questions, outcomes, engine).items()}
+    measured = benchmarks.measure(name, task, questions, outcomes, engine)
+    values = [{metric: row[i] for metric, row in measured.items() if i in row} for i in range(len(questions))]
+    result = {metric: benchmarks.summarize(metric, benchmarks.by_part(row, questions))[0] for metric, row in measured.items()}
     return result, values, engine
 
 
@@ -322,7 +321,7 @@ def test_questions_that_do_not_fit_are_counted():
     assert result.skipped == {"a choice is longer than the model's context of 16 tokens": 1}
     result = evaluate("mine", GENERIC, [Question(Item("q", answers=("a",)))], engine)
     assert result.metrics == {} and result.skipped == {"256 new tokens leave no room in the model's context of 16": 1}
-    assert "mine: 1 skipped: 256 new tokens" in benchmarks.table({"mine": result}, [])
+    assert "mine: 1 skipped: 256 new tokens" in benchmarks.table({"model": {"mine": result}}, [])
 
 
 def test_limit_draws_from_the_seed_and_keeps_the_order(tmp_path):
@@ -342,7 +341,27 @@ def test_groups():
         benchmarks.plan("arc")
     results = {name: benchmarks.Result({}, {}, benchmarks.Counter({"no file": 0})) for name in GROUPS["general12"]}
     results["boolq"] = benchmarks.Result({"acc": benchmarks.Number(0.5, 0.1, 30)}, {}, benchmarks.Counter())
-    assert "mean over 1 of 12 tasks" in benchmarks.table(results, groups)
+    assert "mean over 1 of 12 tasks" in benchmarks.table({"model": results}, groups)
+
+
+def test_one_model_against_another():
+    """Question by question, on the questions both were asked; a mean over tasks that all were asked."""
+    def model(rte: dict[int, float], lambada: dict[int, float]) -> dict:
+        rows = {"rte": {"acc": rte}, "lambada_openai": {"perplexity": lambada}, "copa": {}}
+        return {name: benchmarks.Result({metric: benchmarks.summarize(metric, {"": list(row.values())})[0] for metric, row in values.items()}, {},
+                                        benchmarks.Counter(), values=values) for name, values in rows.items()}
+    results = {"sft": model({0: 1.0, 1: 0.0, 2: 0.0, 3: 0.0}, {0: -1.0, 1: -2.0}), "ppo": model({1: 1.0, 2: 0.0, 3: 0.0}, {0: -0.5, 1: -1.0})}
+    changed = benchmarks.changes(results)
+    rte = changed["rte"]["acc"]  # +1, 0, 0, and by Agresti and Min half a win, half a loss, one tie
+    middle, half = 1 / 5, 1.959964 * math.sqrt((2 / 5 - 1 / 25) / 5)
+    assert rte == pytest.approx((1 / 3, middle - half, middle + half, 3))
+    perplexity = changed["lambada_openai"]["perplexity"]  # from exp(1.5) to exp(0.75); log-likelihoods rise by 0.5 and by 1
+    half = 1.959964 * 0.25 / math.sqrt(2)
+    assert perplexity == pytest.approx((math.exp(0.75) - math.exp(1.5), *(math.exp(1.5) * (math.exp(-0.75 + s * half) - 1) for s in (-1, 1)), 2))
+    assert changed["copa"] == {} and benchmarks.changes({"sft": results["sft"]}) == {}
+    assert benchmarks.group_change(["rte"], results)[:3] == pytest.approx(rte[:3])
+    results["base"] = {name: benchmarks.Result({}, {}, benchmarks.Counter()) for name in results["sft"]}
+    assert benchmarks.members("all", {name: {**dict.fromkeys(GROUPS["all"], results["base"]["copa"]), **one} for name, one in results.items()}) == []
 
 
 # ---------------------------------------------------------------------------------------------
@@ -416,8 +435,9 @@ def world(tmp_path_factory) -> Path:
     microcosm.train_tokenizer(folder / "tokenizer.model")
     tokenizer = Tokenizer(folder / "tokenizer.model")
     model = Transformer(ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=tokenizer.vocab_size, ffn_dim=64, max_seq_len=128))
-    init_weights(model, 0)
-    save_pretrained(model, folder / "model", tokenizer)
+    for seed, name in enumerate(("model", "other")):
+        init_weights(model, seed)
+        save_pretrained(model, folder / name, tokenizer)
     rows = [{"query": f"Say {i}:", "choices": [f"word {i}", "no", "yes, " * (i % 5)+ "so"], "gold": i % 3} for i in range(23)]
     (folder / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "bad.jsonl").write_text('{"query": "a", "choices": ["x", ""], "gold": 0}')
@@ -434,24 +454,45 @@ def test_command_on_one_and_on_two_ranks(world, tmp_path):
     tasks = f"--tasks={world / 'mine.jsonl'},microcosm,general12"
     outputs = []
     for ranks in (1, 2):
-        done = command(world, tasks, f"--data={tmp_path}", "--limit=20", "--batch_tokens=200", f"--out={tmp_path / f'{ranks}.json'}", ranks=ranks)
+        done = command(world, tasks, f"--data={tmp_path}", "--limit=20", "--batch_tokens=200", f"--out={tmp_path / str(ranks)}", ranks=ranks)
         assert done.returncode == 0, done.stderr
-        outputs.append(json.loads((tmp_path / f"{ranks}.json").read_text()))
-    assert "microcosm                   0  strict" in done.stdout and "mmlu: not run: " in done.stdout
-    one, two = (output["tasks"] for output in outputs)
+        outputs.append(json.loads((tmp_path / str(ranks) / "results.json").read_text()))
+    assert "microcosm                   0  strict" in done.stdout and "mmlu                        -  -" in done.stdout and "mmlu: not run: " in done.stdout
+    one, two = (output["models"]["model"]["tasks"] for output in outputs)
     assert one["microcosm"]["metrics"]["strict"]["n"] == 240 and set(one["microcosm"]["parts"]["strict"]) == set(microcosm.TASKS)
     assert one == two and one[str(world / "mine.jsonl")]["metrics"]["acc"]["n"] == 20
+
+
+def test_command_on_two_models(world, tmp_path):
+    task, out = str(world / "mine.jsonl"), tmp_path / "out"
+    done = command(world, str(world / "other"), f"--tasks={task}", f"--out={out}")
+    assert done.returncode == 0, done.stderr
+    written, answers = json.loads((out / "results.json").read_text()), read_jsonl(out / "answers.jsonl")
+    rows = {name: [row for row in answers if row["model"] == name] for name in ("model", "other")}
+    assert list(written["models"]) == ["model", "other"] and len(rows["model"]) == len(rows["other"]) == 23
+    for metric in ("acc", "acc_norm"):
+        before, after = ([row["values"][metric] for row in rows[name]] for name in ("model", "other"))
+        assert written["models"]["other"]["tasks"][task]["metrics"][metric]["value"] == pytest.approx(sum(after) / 23)
+        assert written["changes"]["tasks"][task][metric]["value"] == pytest.approx(sum(after) / 23 - sum(before) / 23)
+    best = [row["logprobs"].index(max(row["logprobs"])) in row["gold"] for row in rows["other"]]
+    assert best == [row["values"]["acc"] for row in rows["other"]]
+    assert done.stdout.strip() in (out / "report.md").read_text()
+    kept = (out / "report.md").read_bytes()
+    done = command(world, f"--tasks={task}", f"--out={out}")
+    assert done.returncode == 2 and "holds something already; name a new folder" in done.stderr and (out / "report.md").read_bytes() == kept
 
 
 @pytest.mark.parametrize("args, message", [
     (["--tasks=bad.jsonl"], "bad.jsonl:1: an empty choice (choice 2 of 2); correct this row or take it out"),
     (["--tasks=boolq", "--data=nowhere"], "nowhere/boolq/validation.jsonl: no such file"),
     (["--tasks=boolqq"], "--tasks: no task 'boolqq'"),
-    (["--tasks=bbh", "--data=nowhere", "--shots=5"], "bbh has 3 demonstrations, always: leave out --shots"),
-    (["--tasks=microcosm", "--shots=5"], "microcosm has no demonstrations, always: leave out --shots"),
+    (["MODEL", "--tasks=microcosm"], "a model folder is named twice"),
+    (["nowhere", "--tasks=microcosm"], "nowhere"),
+    (["--tasks=bbh", "--data=nowhere", "--shots=5"], "bbh has 3 fixed demonstrations: leave out --shots"),
+    (["--tasks=microcosm", "--shots=5"], "microcosm has no demonstrations: leave out --shots"),
 ])
 def test_command_refuses_with_one_line_and_status_2(world, args, message):
-    done = command(world, *[arg.replace("bad.jsonl", str(world / "bad.jsonl")) for arg in args])
+    done = command(world, *[arg.replace("bad.jsonl", str(world / "bad.jsonl")).replace("MODEL", str(world / "model")) for arg in args])
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
 
 

@@ -18,12 +18,12 @@ MAY_IMPORT = {
     "model": set(), "data": set(), "microcosm": set(), "sft": {"model"}, "reward": {"model"}, "ppo": {"model"}, "parallel": {"model"},
     "plan": {"sft", "reward", "ppo", "parallel", "model"},
     "chat": {"model", "data"}, "compare": {"data"}, "sandbox": set(), "tasks": {"data"},
-    "benchmarks": {"model", "data", "microcosm", "parallel", "tasks", "sandbox"},
+    "benchmarks": {"compare", "model", "data", "microcosm", "parallel", "tasks", "sandbox"},
     "eval": {"benchmarks", "chat", "compare", "model", "data", "microcosm"},
     "train": {"plan", "sft", "reward", "ppo", "eval", "chat", "data", "model", "parallel", "microcosm"},
 }
 REQUIRED = {"torch", "numpy", "sentencepiece", "tqdm", "pytest"}
-OPTIONAL = {("eval", "matplotlib")}  # imported only where it is used, and asked for by name
+OPTIONAL = {("compare", "matplotlib")}  # imported only where it is used, and asked for by name
 
 
 def tree(name: str) -> ast.Module:

@@ -10,7 +10,7 @@ import parallel
 import ppo
 import reward
 import sft
-from model import ScalarModel, Transformer, generate, token_logprobs
+from model import Transformer, generate, token_logprobs
 from ppo import Models, PPOConfig
 from train import Term, update
 

@@ -9,7 +9,7 @@ from typing import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import parallel
 import ppo

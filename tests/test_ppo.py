@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import ppo
-from model import token_logprobs, token_values
+from model import token_logprobs
 from ppo import (AdaptiveKLController, Models, PPOConfig, Rollout, RunningMoments, final_scores, gae, kl_penalty, masked_mean, policy_loss,
                  shape_rewards, value_loss, whiten)
 

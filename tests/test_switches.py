@@ -12,7 +12,7 @@ import torch
 
 import golden
 import train
-from model import ScalarModel, generate, last_scores, load_pretrained, read_safetensors, save_pretrained
+from model import ScalarModel, generate, load_pretrained, read_safetensors, save_pretrained
 
 ROOT = Path(__file__).parents[1]
 
