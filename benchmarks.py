@@ -671,8 +671,10 @@ def prepare(name: str, options: argparse.Namespace) -> tuple[Task, list[Question
     if folder is None:
         raise Unavailable(f"{name} reads files: give --data=FOLDER")
     questions = read_questions(name, task, folder, options.limit, options.seed)
-    if any(question.item.checks for question in questions) and not options.allow_code_execution:
-        raise Unavailable(f"{name} runs programs that the model writes: allow it with --allow-code-execution")
+    if any(question.item.checks for question in questions):
+        if not options.allow_code_execution:
+            raise Unavailable(f"{name} runs programs that the model writes: allow it with --allow-code-execution")
+        sandbox.passes("")  # whether programs can be confined shows before the model has written them
     return task, questions
 
 
