@@ -3,7 +3,8 @@
 A program gets a process group, an empty working directory and an end-of-file as input. Limits hold for processor time,
 memory and the size of files; a seccomp filter lets through only the system calls that computing needs, so it can neither
 open a file for writing, nor make a process, nor reach the network, nor send a signal, nor change an attribute of any file.
-At the deadline the whole group is killed. What it can do: read files, use a processor until the deadline, start threads.
+At the deadline the whole group is killed. What it can do: read files, use a processor until the deadline, start some hundred
+threads, whose stacks use up its memory.
 
 The verdict is a secret that the runner prints once the program has come to its end, so no way of exiting early passes.
 Confinement needs Linux on x86-64 or ARM64; elsewhere nothing is run.
@@ -66,7 +67,7 @@ ALLOW, KILL, REFUSE, UNKNOWN = 0x7FFF0000, 0x80000000, 0x00050001, 0x00050026  #
 
 def confine(memory, file_size, seconds):
     column, machine = ARCHITECTURES[platform.machine()]
-    limits = {"CPU": seconds, "AS": memory, "FSIZE": file_size, "NOFILE": 64, "NPROC": 64, "CORE": 0}
+    limits = {"CPU": seconds, "AS": memory, "FSIZE": file_size, "NOFILE": 64, "CORE": 0}  # NPROC would count all that its user runs
     for name, limit in limits.items():
         kind = getattr(resource, "RLIMIT_" + name)
         hard = resource.getrlimit(kind)[1]

@@ -398,7 +398,7 @@ def test_official_solutions_pass_and_the_official_smoke_file_scores_one_half():
     "assert False", "1 +", "import sys; sys.exit(0)", "import os; os._exit(0)", "input()", "import sys; sys.stdin.buffer.raw.read(1)[0]",
     "import os; os.fork()", "import subprocess; subprocess.run(['true'])", "import multiprocessing; multiprocessing.Pool(2)",
     "import os, sys; os.execv(sys.executable, ['python'])", "import os; os.kill(-1, 9)", "import os; os.kill(os.getppid(), 9)",
-    "import socket; socket.socket()", "open('inside', 'w')", "open(VICTIM, 'w')", "open(VICTIM, 'r+')", "import os; os.remove(VICTIM)",
+    "import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(60,)).start()", "import socket; socket.socket()", "open('inside', 'w')", "open(VICTIM, 'w')", "open(VICTIM, 'r+')", "import os; os.remove(VICTIM)",
     "import os; os.truncate(VICTIM, 0)", "import os; os.chmod(VICTIM, 0)", "import os; os.rename(VICTIM, 'x')", "import os; os.mkdir('x')",
     "import shutil; shutil.rmtree(FOLDER)", "import os; os.link(VICTIM, VICTIM + '2')", "import os\nwhile True: os.write(1, b'x' * 10**6)",
     "x = bytearray(10**11)", "import resource; resource.setrlimit(resource.RLIMIT_CPU, (999, 999))",
