@@ -156,7 +156,9 @@ def test_resume_restores_what_adapts(base, tmp_path, monkeypatch):
 # Sharded: killed and resumed
 
 KILLER = """
-import os, sys, train, parallel
+import os, sys
+sys.path.insert(0, {root!r})
+import train
 keep = train.keep
 def killed(run, stage, step, *rest):
     keep(run, stage, step, *rest)
@@ -169,7 +171,7 @@ train.main(sys.argv[1:])
 
 def torchrun(script: str, *flags: str) -> None:
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *golden.FLAGS, "--checkpoint_every=3", *flags],
-                          cwd=ROOT, capture_output=True, text=True, timeout=240, env={**__import__("os").environ, "PYTHONPATH": str(ROOT)})
+                          cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -178,7 +180,7 @@ def test_sharded_resume_is_exact(tmp_path):
     """Two processes, killed within PPO and resumed by two: the same bytes; by one: the same numbers to rounding."""
     torchrun("train.py", f"--out={tmp_path / 'whole'}")
     script = tmp_path / "killer.py"
-    script.write_text(KILLER.format(stage="ppo", step=2))
+    script.write_text(KILLER.format(root=str(ROOT), stage="ppo", step=2))
     torchrun(str(script), f"--out={tmp_path / 'two'}")
     assert not (tmp_path / "two" / "ppo").exists()
     shutil.copytree(tmp_path / "two", tmp_path / "one")
