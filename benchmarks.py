@@ -28,13 +28,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import chat
 import data
 import microcosm
 import parallel
 import sandbox
 from compare import change_interval, draw_tasks, mean
 from data import Tokenizer
-from model import Grid, Transformer, generate, load_pretrained, read_config, rope_table
+from model import Grid, Transformer, generate, load_pretrained, rope_table
 from tasks import GENERIC, GROUPS, TASKS, Item, Outcome, Task
 
 SHOT_SEED = 1234            # of drawn demonstrations, as in the harness
@@ -717,9 +718,7 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError("a model folder is named twice; nothing can change between them")
     names = [folder.name for folder in options.models]
     models = dict(zip(names if len(set(names)) == len(names) else map(str, options.models), options.models))
-    for folder in models.values():
-        read_config(folder)  # a wrong folder shows at once, too
-    tokenizers = {name: Tokenizer(folder) for name, folder in models.items()}
+    tokenizers = {name: chat.open_tokenizer(folder) for name, folder in models.items()}
     ready: dict[str, tuple[Task, list[Question]] | Result] = {}
     for name, by_name in asked.items():  # all files are read before the first question is asked: a bad row shows at once
         try:

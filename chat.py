@@ -43,8 +43,10 @@ class Answer(NamedTuple):
     finished: bool  # with an EOS, not cut off
 
 
-def open_tokenizer(path: str | Path) -> Tokenizer:
-    """Open a model folder's tokenizer; ValueError if the model has no embeddings for all of its pieces."""
+def open_tokenizer(path: Path) -> Tokenizer:
+    """Open a model folder's tokenizer; ValueError if it is no model folder, or the model has no embeddings for all of its pieces."""
+    if (path / "metrics.jsonl").exists():
+        raise ValueError(f"{path}: the folder of a run, not of a model: name one in it, such as {path / 'ppo'}")
     shape, tokenizer = read_config(path), Tokenizer(path)
     if tokenizer.vocab_size > shape.vocab_size:
         raise ValueError(f"{path}: the tokenizer has {tokenizer.vocab_size} pieces, the model only {shape.vocab_size} embeddings: "
@@ -55,8 +57,6 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
 def load(folder: str | Path, flags: Mapping[str, Any], kind: type[nn.Module] = Transformer) -> Speaker:
     """Load a model folder. flags: "data.template" and the like in place of the run's settings, where not None."""
     path = Path(folder)
-    if (path / "metrics.jsonl").exists():
-        raise ValueError(f"{path}: the folder of a run, not of a model: name one in it, such as {path / 'ppo'}")
     tokenizer = open_tokenizer(path)
     around = path.resolve().parent / "config.json"
     settings = read_json(around).get("config", {}) if around.exists() else {}

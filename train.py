@@ -896,7 +896,7 @@ def record_config(config: Config, out: Path, world: int) -> None:
 def prepare_tokenizer(config: Config, out: Path) -> Tokenizer:
     """Open the model's tokenizer, or train the embedded world's at the start of the run."""
     if not config.is_world:
-        return chat.open_tokenizer(config.model.path)
+        return chat.open_tokenizer(Path(config.model.path))
     path = out / "tokenizer.model"
     if not path.exists():
         partial_path = out / "tokenizer.partial"

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "model": set(), "data": set(), "microcosm": set(), "sft": {"model"}, "reward": {"model"}, "ppo": {"model"}, "parallel": {"model"},
     "plan": {"sft", "reward", "ppo", "parallel", "model"},
     "chat": {"model", "data"}, "compare": {"data"}, "sandbox": set(), "tasks": {"data"},
-    "benchmarks": {"compare", "model", "data", "microcosm", "parallel", "tasks", "sandbox"},
+    "benchmarks": {"chat", "compare", "model", "data", "microcosm", "parallel", "tasks", "sandbox"},
     "eval": {"benchmarks", "chat", "compare", "model", "data", "microcosm"},
     "train": {"plan", "sft", "reward", "ppo", "eval", "chat", "data", "model", "parallel", "microcosm"},
 }
