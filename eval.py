@@ -14,21 +14,21 @@ that PPO works, not that answers got better.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterable, Mapping, NoReturn, Sequence
+from typing import Any, Callable, Mapping, NoReturn, Sequence
 
-import benchmarks
-import chat
 import data
+import formats
 import microcosm
-from compare import (Interval, Pair, change_interval, contest, contest_text, draw_tasks, mean, prefer, pyplot, read_judgments, results_text,
-                     share_interval, sigmoid, to_judge, write_page)
+from benchmarks import command as benchmark
+from evaluation import speaking
+from evaluation.head_to_head import Pair, contest_text, read_judgments, to_judge, write_page
+from evaluation.statistics import Interval, calibration, change_interval, contest, mean, prefer, share_interval
+from formats.files import write_jsonl
 from model import ScalarModel
 
 
@@ -39,33 +39,6 @@ class EvalConfig:
     general: int = 720                  # unseen prompts over the 12 general tasks (embedded world)
     holdout: int = 64                   # prompts held out from ppo.prompts
     show: int = 3                       # prompts shown with all answers
-
-
-# ---------------------------------------------------------------------------------------------
-# The reward model against people
-
-BUCKETS = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0, math.inf)  # edges of the margin |s_i - s_j| [nats: the log-odds the model gives]
-
-
-def calibration(margins: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """Compare the probabilities a reward model gives with how often it is right.
-
-    margins: for every prompt, the scores of all its pairs, better less worse as people rank them.
-    Of a pair with scores s_i > s_j the model claims that i is better with probability sigmoid(s_i - s_j) (Bradley-Terry).
-    Returns: accuracy over all pairs (equal scores half), loss = mean -log sigmoid(margin) [nats], error = mean distance
-        between predicted and actual over the buckets, weighted by pairs; pairs; prompts; interval; rows, one per bucket.
-        Intervals count prompts, not pairs, since pairs of one prompt are not independent.
-    """
-    def judge(kept: list[tuple[int, float]]) -> dict[str, Any]:
-        prompts, right = len({n for n, _ in kept}), mean(prefer(m, 0.0) for _, m in kept)
-        return {"pairs": len(kept), "prompts": prompts, "actual": right, "interval": share_interval(right, prompts),
-                "predicted": mean(sigmoid(abs(m)) for _, m in kept)}
-    pairs = [(n, margin) for n, row in enumerate(margins) for margin in row]
-    rows = [{"from": low, "to": high, **judge([(n, m) for n, m in pairs if low <= abs(m) < high])} for low, high in zip(BUCKETS, BUCKETS[1:])]
-    overall = judge(pairs)
-    return {"accuracy": overall.pop("actual"), **overall, "loss": mean(math.log1p(math.exp(-abs(m))) + max(-m, 0.0) for _, m in pairs),
-            "error": sum(row["pairs"] * abs(row["predicted"] - row["actual"]) for row in rows) / max(len(pairs), 1),
-            "rows": [row for row in rows if row["pairs"]]}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -111,201 +84,34 @@ def changes(after: Values, before: Values) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------------------------
-# What a person sees
-
-def percent(value: float) -> str:
-    return f"{100 * value:6.1f}"
-
-
-def table_row(label: str, values: Sequence[float], change: Mapping[str, Any] | None, unit: float = 100.0) -> str:
-    """Write one line: a column per model, the change with its 95 % interval, and whether that is noise."""
-    digits = 1 if unit == 100 else 2
-    text = f"{label:26}" + "".join(f"{unit * value:8.{digits}f}" for value in values)
-    if change:
-        low, high = (unit * bound for bound in change["interval"])
-        text += f"{unit * change['change']:+8.{digits}f}" + f"{low:+9.{digits}f} to {high:+.{digits}f}".ljust(20) + "noise" * (low <= 0 <= high)
-    return text.rstrip()
-
-
-def table(results: dict) -> str:
-    """Lay out eval.json for a terminal; the change is that from SFT to PPO."""
-    models, changed = results["models"], results["changes"]
-    lines = ["", f"{'':26}" + "".join(f"{name.upper():>8}" for name in models) + ("  change   95 % interval" if changed else "")]
-    first = next(iter(models.values()))
-    if "general" not in first:
-        lines.append(table_row(f"reward score (n={first['in_domain']['n']})", [model["in_domain"]["score"] for model in models.values()],
-                               changed and changed["in_domain"]["score"], unit=1.0))
-    else:
-        lines.append(f"in-domain (n={first['in_domain']['n']}), %")
-        for key, meaning in (("gold", "rubric score"), ("strict", "exactly right"), ("multi", "so on 2+ faults"), ("verdict", "verdict")):
-            values = [model["in_domain"][key] for model in models.values()]
-            lines.append(table_row(f"  {key:9}{meaning}", values, changed and changed["in_domain"][key]))
-        general = changed.get("general", {"tasks": {}})
-        lines.append(f"general tasks (n={first['general']['n']}), % exactly right")
-        for task in first["general"]["tasks"]:
-            lines.append(table_row(f"  {task}", [model["general"]["tasks"][task] for model in models.values()], general["tasks"].get(task)))
-        lines.append(table_row("  mean", [model["general"]["mean"] for model in models.values()], general.get("mean")))
-    for name, numbers in results["head_to_head"].items():
-        lines.append(f"{name.replace('_', ' ')}, in-domain: {results_text(numbers)}")
-    if results["reward_model"]:
-        lines.append("reward model orders " + ", ".join(f"{percent(value).strip()} % ({'all' if key == 'accuracy' else key.replace('_', '-')})"
-                                                       for key, value in results["reward_model"].items()) + " of held-out pairs as the annotator")
-    lines.append("seconds: " + ", ".join(f"{name} {seconds:.0f}" for name, seconds in results["seconds"].items()))
-    return "\n".join(lines)
-
-
-def examples_text(examples: Sequence[dict[str, str]]) -> str:
-    """Lay out prompts with all answers, one block each; long texts are cut."""
-    width = max((len(key) for example in examples for key in example), default=0)
-
-    def lines(key: str, value: str) -> str:
-        shown = [line for line in value.splitlines() if line.strip()] or [""]
-        shown = shown if len(shown) <= 12 else [*shown[:12], "..."]
-        return f"{key:>{width}}  " + f"\n{'':{width + 2}}".join(line if len(line) <= 400 else line[:400] + " ..." for line in shown)
-    return "\n\n".join("\n".join(lines(key, value) for key, value in example.items()) for example in examples)
-
-
-def pick_examples(items: Sequence[Any], answers: dict[str, Sequence[str]], scores: dict[str, Sequence[float]], show: int) -> list[dict[str, str]]:
-    """Choose prompts to show, without regard to who wins: the first in-domain ones, then a general one."""
-    ads = [i for i, item in enumerate(items) if getattr(item, "task", "ad") == "ad"]
-    others = [i for i in range(len(items)) if i not in set(ads)]
-    chosen = ads[:max(show - 1, 1) if others else show] + others[:1]
-    examples = []
-    for i in chosen[:show]:
-        example = {"prompt": items[i].prompt}
-        example.update({f"{name} ({scores[name][i]:.2f})": texts[i] for name, texts in answers.items()})
-        if items[i].answer:
-            example["truth"] = items[i].answer
-        examples.append(example)
-    return examples
-
-
-READING = ("**base** is the model before any training (on the embedded world: random weights). **change** is PPO less SFT on the same prompts; "
-           "**noise** marks a change whose 95 % interval holds 0. One interval in twenty misses the truth.")
-
-
-def write_report(out: Path, results: dict, examples: Sequence[dict[str, str]]) -> str:
-    """Write report.md, with plots if matplotlib is installed; return a line about what was written."""
-    plots = write_plots(out, results)
-    lines = [f"# Run {out.name}", "", "```", table(results).strip("\n"), "```", "", READING, ""]
-    lines += [line for plot in plots for line in (f"![{plot}]({plot})", "")]
-    lines += ["## Examples", "", "```", examples_text(examples), "```", ""]
-    if not plots:
-        lines += ["No plots: matplotlib is not installed (`pip install matplotlib`, then run `--stages=eval` again)."]
-    (out / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return f"report: {out / 'report.md'}" + ("" if plots else " (no plots: pip install matplotlib to get them)")
-
-
-CURVES = {
-    "sft": [("loss", "nats per token"), ("grad_norm", "")],
-    "reward": [("loss", "nats per prompt"), ("accuracy", "share of pairs")],
-    "ppo": [("score_mean", "reward (std of SFT)"), ("kl", "nats per response"), ("entropy", "nats per token"),
-            ("response_length", "tokens"), ("explained_variance", ""), ("clip_fraction", "share of tokens")],
-}
-
-
-def write_plots(out: Path, results: dict) -> list[str]:
-    """Draw the tasks, score against KL, and the curves of metrics.jsonl as PNG files; return their names, [] without matplotlib."""
-    plots = pyplot()
-    if not plots:
-        return []
-    rows = read_jsonl(out / "metrics.jsonl") if (out / "metrics.jsonl").exists() else []
-    figures = {"tasks": draw_rows(results), "score_against_kl": draw_path(plots, [row for row in rows if row["stage"] == "ppo"]),
-               **{stage: draw_curves(plots, stage, [row for row in rows if row["stage"] == stage]) for stage in CURVES}}
-    for name, figure in figures.items():
-        if figure:
-            figure.savefig(out / f"{name}.png", dpi=110)
-            plots.close(figure)
-    return [f"{name}.png" for name, figure in figures.items() if figure]
-
-
-def draw_rows(results: dict) -> Any:
-    """Draw the in-domain metrics and the general tasks of all models; None on prompts without a rubric."""
-    models = {name: {**{f"ads: {key}": model["in_domain"][key] for key in ("gold", "strict", "multi", "verdict")}, **model["general"]["tasks"]}
-              for name, model in results["models"].items() if "general" in model}
-    changed = {f"ads: {key}": row for key, row in results["changes"].get("in_domain", {}).items()}
-    changed.update(results["changes"].get("general", {}).get("tasks", {}))
-    return draw_tasks(models, {task: (row["change"], row["interval"]) for task, row in changed.items()})
-
-
-def draw_path(plots: Any, rows: Sequence[Mapping[str, float]]) -> Any:
-    """Draw PPO's iterations as points: how far the policy went from SFT, and what score it got for that."""
-    if not rows:
-        return None
-    figure, axis = plots.subplots(figsize=(5.2, 3.6), constrained_layout=True)
-    points = axis.scatter([row["kl"] for row in rows], [row["score_mean"] for row in rows], c=[row["step"] for row in rows], s=18)
-    axis.set(title="score against KL", xlabel="KL to SFT [nats per response]", ylabel="reward [std of SFT]")
-    figure.colorbar(points, label="iteration")
-    return figure
-
-
-def draw_curves(plots: Any, stage: str, rows: Sequence[Mapping[str, float]]) -> Any:
-    """Draw a stage's statistics against its steps."""
-    if not rows:
-        return None
-    columns = min(len(CURVES[stage]), 3)
-    lines = len(CURVES[stage]) // columns
-    figure, axes = plots.subplots(lines, columns, figsize=(3.4 * columns, 2.6 * lines), constrained_layout=True)
-    for axis, (name, unit) in zip(axes.flat, CURVES[stage]):
-        axis.plot([row["step"] for row in rows], [row.get(name) for row in rows], linewidth=0.8)
-        axis.set(title=name, xlabel="iteration" if stage == "ppo" else "step", ylabel=unit)
-    figure.suptitle(stage)
-    return figure
-
-
-# ---------------------------------------------------------------------------------------------
-# Files
-
-def read_jsonl(path: Path) -> list[dict]:
-    """Read a file that `write_jsonl` wrote, possibly edited by people; ValueError names the line."""
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line) if line.strip() else None
-        except ValueError as error:
-            raise ValueError(f"{path}:{number}: not valid JSON ({error})")
-        if row is not None:
-            rows.append(row)
-    return rows
-
-
-def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
-    """Write one object per line; the file is replaced whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    os.replace(partial, path)
-
-
-# ---------------------------------------------------------------------------------------------
 # compare
 
-def answer_pairs(args: argparse.Namespace, judge: chat.Speaker | None) -> list[Pair]:
+def answer_pairs(args: argparse.Namespace, judge: speaking.Speaker | None) -> list[Pair]:
     """Have both models answer, greedily, and prefer what the judge, or else the rubric, gives the higher score.
 
     Both judge every answer by itself, so there is no order that could matter.
     """
     flags = vars(args)
-    speakers = [chat.load(folder, flags) for folder in (args.first, args.second)]
+    speakers = [speaking.load(folder, flags) for folder in (args.first, args.second)]
     items: list[microcosm.Item] = []
     if args.prompts:
-        records = chat.read_prompts(args.prompts.split(","), flags["data.skip_bad"])
+        records = speaking.read_prompts(args.prompts.split(","), flags["data.skip_bad"])
     elif all(speaker.is_world for speaker in speakers):
         settings = speakers[0].settings
         items = [item for part, share in (("in_domain", 1.0), ("general", 0.0))
                  for item in microcosm.items("eval", settings[f"eval.{part}"], settings["seed"], share)]
-        records = [data.Prompt((data.Message("user", item.prompt),), f"{item.task} {n}", item.answer) for n, item in enumerate(items, 1)]
+        records = [formats.Prompt((formats.Message("user", item.prompt),), f"{item.task} {n}", item.answer) for n, item in enumerate(items, 1)]
     else:
         raise ValueError("compare: these models are not of the embedded world, so give --prompts=FILE and --judge=REWARD_DIR or --judge=FILE.json")
-    answers = [[given for given, in chat.answers(speaker, chat.encode(speaker, records))] for speaker in speakers]
+    answers = [[given for given, in speaking.answers(speaker, speaking.encode(speaker, records))] for speaker in speakers]
     if judge:
-        scores = [chat.judged(judge, records, given) for given in answers]
+        scores = [speaking.judged(judge, records, given) for given in answers]
     elif items:
         scores = [[microcosm.grade(item, answer.text).gold for item, answer in zip(items, given)] for given in answers]
     else:
         scores = [[math.nan] * len(records)] * 2
     groups = ["in-domain" if item.task == "ad" else "general" for item in items] or ["prompts"] * len(records)
-    return [Pair(chat.shown(record.messages), a.text, b.text, prefer(x, y), (f"{x:.2f}", f"{y:.2f}"), record.answer or "", group)
+    return [Pair(speaking.shown(record.messages), a.text, b.text, prefer(x, y), (f"{x:.2f}", f"{y:.2f}"), record.answer or "", group)
             for record, a, b, x, y, group in zip(records, *answers, *scores, groups)]
 
 
@@ -319,7 +125,7 @@ def run_compare(args: argparse.Namespace) -> None:
     if is_file and Path(args.judge).exists():
         pairs, said = read_judgments(Path(args.judge), args.first, args.second)
     else:
-        judge = chat.load(args.judge, vars(args), ScalarModel) if args.judge and not is_file else None
+        judge = speaking.load(args.judge, vars(args), ScalarModel) if args.judge and not is_file else None
         if args.prompts and not args.judge:
             raise ValueError("compare: who judges the answers to --prompts? Give --judge=REWARD_DIR, or --judge=FILE.json for people to fill in")
         pairs = answer_pairs(args, judge)
@@ -342,13 +148,13 @@ def run_compare(args: argparse.Namespace) -> None:
 
 def run_reward(args: argparse.Namespace) -> None:
     """Print how a reward model orders people's preferences, and what its margins are worth."""
-    judge = chat.load(args.folder, vars(args), ScalarModel)
-    records, report = data.read_rankings(args.data.split(","), vars(args)["data.skip_bad"])
+    judge = speaking.load(args.folder, vars(args), ScalarModel)
+    records, report = formats.read_rankings(args.data.split(","), vars(args)["data.skip_bad"])
     ranked, cut = data.encode_rankings(records, judge.tokenizer, judge.data.template, judge.model.config.max_seq_len)
     print(f"data: {report}", f"rankings: {cut}", sep="\n", file=sys.stderr)
     groups = [{tuple(response): rank for response, rank in zip(example.responses, example.ranks)} for example in ranked]  # equal ones once
     rows = [example.prompt + list(response) for example, group in zip(ranked, groups) for response in group]
-    scores = iter(chat.score_rows(judge.model, rows, judge.settings.get("ppo.microbatch_size", 4)))
+    scores = iter(speaking.score_rows(judge.model, rows, judge.settings.get("ppo.microbatch_size", 4)))
     margins, best = [], []
     for group in groups:
         given = [(next(scores), rank) for rank in group.values()]
@@ -432,17 +238,17 @@ def parser() -> Parser:
 
 def run_chat(args: argparse.Namespace) -> None:
     """Talk to a model; a reward model beside it scores its answers."""
-    chat.chat(args.folder, args.temperature, args.seed, vars(args))
+    speaking.chat(args.folder, args.temperature, args.seed, vars(args))
 
 
 def run_generate(args: argparse.Namespace) -> None:
     """Print answers to prompts as JSON lines."""
-    chat.write_generations(args.folder, args.prompts.split(","), args.n, args.temperature, args.seed, vars(args))
+    speaking.write_generations(args.folder, args.prompts.split(","), args.n, args.temperature, args.seed, vars(args))
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["run"]:  # also under torchrun, and with flags of its own
-        benchmarks.main(sys.argv[2:])
+        benchmark.main(sys.argv[2:])
         sys.exit()
     try:
         parsed = parser().parse_args()

@@ -24,7 +24,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from model import Block, ModelConfig, Weights, check_weights, materialize, random_weights, read_safetensors, write_safetensors
+from model import Block, ModelConfig, random_weights
+from weights import Weights, check_weights, materialize, read_safetensors, write_safetensors
 
 # Below this many parameters the whole model is one sharded unit: gathering block by block would cost
 # more in messages than it saves in memory.

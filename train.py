@@ -10,300 +10,41 @@ callables, and know nothing of ranks or files.
 """
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import itertools
 import json
-import os
-import platform
-import random
-import shutil
-import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Mapping, NamedTuple, Sequence, get_args, get_origin, get_type_hints
+from typing import Any, Callable, Mapping, NamedTuple, Sequence
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import chat
 import data
-import eval as evaluation
 import microcosm
 import parallel
-import plan
 import ppo
 import reward
 import sft
-from data import DataConfig, Tokenizer
-from eval import EvalConfig
-from model import ModelConfig, ScalarModel, Source, Transformer, generate, read_config, read_json, read_weights, save_pretrained
-from parallel import Machine, ParallelConfig
-from ppo import PPOConfig
+from eval import changes, summarise, world_values
+from evaluation import report, statistics
+from evaluation.speaking import score_rows
+from formats.files import read_json, read_jsonl, write_jsonl
+from model import ScalarModel, Transformer, generate
+from parallel import Machine
 from reward import RewardConfig
+from run import planner
+from run.settings import check_ranks, parse_args, reward_shape, usage, world_shape
+from run.folder import (Run, keep, load_model, open_folder, prepare_tokenizer, record_config, restore, save_model, stages_to_run, timings)
+from run.sources import (held_out_prompts, ppo_prompts, preference_items, rankings, reward_batch, sft_batch, sft_examples, training_prompts,
+                         world_prompts)
 from sft import SFTConfig
-
-STAGES = ("sft", "sample", "annotate", "reward", "ppo", "eval")
-
-
-# ---------------------------------------------------------------------------------------------
-# Configuration and command line
-
-@dataclass(frozen=True)
-class ModelSection:
-    path: str = ""                      # model folder (Hugging Face or Meta layout, with tokenizer.model); "": the shape below, from scratch
-    dim: int = 64                       # width of the embedded world's model; it and all below are ignored when a folder is given
-    n_layers: int = 2                   # transformer blocks
-    n_heads: int = 4                    # query heads per block
-    n_kv_heads: int = 4                 # key and value heads per block: fewer than n_heads is grouped-query attention
-    ffn_dim: int = 192                  # width of the feed-forward layer
-    vocab_size: int = 640               # sentencepiece pieces, trained at the start of the run
-    max_seq_len: int = 128              # context [tokens]
-
-
-@dataclass(frozen=True)
-class Config:
-    model: ModelSection = field(default_factory=ModelSection)
-    data: DataConfig = field(default_factory=DataConfig)
-    sft: SFTConfig = field(default_factory=SFTConfig)
-    reward: RewardConfig = field(default_factory=RewardConfig)
-    ppo: PPOConfig = field(default_factory=PPOConfig)
-    eval: EvalConfig = field(default_factory=EvalConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    out: str = ""                       # run folder; "": a fresh runs/NNN
-    base: str = ""                      # folder of another run whose finished stages this one starts from
-    seed: int = 0                       # of weights, data order, sampling and the embedded world
-    stages: tuple[str, ...] = STAGES    # a contiguous part of the recipe; earlier results are found in out or base
-    resume: bool = False                # continue the run in `out` where it stopped
-    dtype: str = "auto"                 # auto | float32 | bfloat16: of forwards; parameters are float32 always
-    plan: bool = False                  # print every stage's peak memory for --model (a folder, 7b, 13b, 34b or 70b) and stop
-    ranks: int = 8                      # processes that --plan plans for
-    gpu_memory: float = 80.0            # of one GPU, for --plan [GB]
-    checkpoint_every: int = 200         # optimizer steps between resumable checkpoints, PPO's counted as they come; 0: never
-
-    @property
-    def is_world(self) -> bool:
-        """Whether this is the embedded default, all data its own."""
-        return not self.model.path
-
-
-# Defaults that change with --model=DIR: what a pretrained LLaMA of 7 to 13 billion parameters needs. The
-# paper prints no table; these are the settings that published LLaMA PPO runs agree on.
-PRETRAINED_DEFAULTS = {
-    "data.template": "alpaca", "data.max_prompt_tokens": 512, "data.max_response_tokens": 512,
-    "sft.epochs": 3.0, "sft.batch_size": 128, "sft.microbatch_size": 4, "sft.lr": 2e-5, "sft.weight_decay": 0.0,
-    "reward.epochs": 1.0, "reward.batch_size": 64, "reward.microbatch_size": 1, "reward.generation_batch": 32, "reward.lr": 1e-5, "reward.weight_decay": 0.0,
-    "ppo.iterations": 200, "ppo.batch_size": 512, "ppo.minibatch_size": 128, "ppo.microbatch_size": 4, "ppo.generation_batch": 32, "ppo.epochs": 1,
-    "ppo.lr": 1e-6, "ppo.critic_lr": 5e-6, "ppo.kl_coef": 0.02, "ppo.warmup": 0.03,
-}
-
-
-PER_CALL = ("out", "stages", "resume", "plan", "ranks", "gpu_memory")  # flags that one command's call does not hand on to the next
-
-
-def parse_value(text: str, hint: Any, flag: str) -> Any:
-    """Read a flag's value by its type; ValueError names flag and type."""
-    if get_origin(hint) is tuple:
-        item = get_args(hint)[0]
-        return tuple(parse_value(part, item, flag) for part in text.split(",") if part)
-    if hint is bool:
-        if text.lower() not in ("true", "false"):
-            raise ValueError(f"{flag}={text}: expected true or false")
-        return text.lower() == "true"
-    try:
-        return hint(text)
-    except ValueError:
-        raise ValueError(f"{flag}={text}: expected {hint.__name__}")
-
-
-def flag_types() -> dict[str, Any]:
-    """Return every flag's name and type, sections flattened: 'ppo.kl_coef' -> float."""
-    flags: dict[str, Any] = {}
-    for name, hint in get_type_hints(Config).items():
-        if dataclasses.is_dataclass(hint):
-            flags.update({f"{name}.{key}": inner for key, inner in get_type_hints(hint).items()})
-        else:
-            flags[name] = hint
-    return flags
-
-
-def flatten(config: Config) -> dict[str, Any]:
-    """Return a config as {'ppo.kl_coef': 0.1, ...}."""
-    return {flag: getattr(getattr(config, flag.split(".")[0]), flag.split(".")[1]) if "." in flag else getattr(config, flag)
-            for flag in flag_types()}
-
-
-def unflatten(values: Mapping[str, Any]) -> Config:
-    """Build a config from flat values; missing ones take their defaults."""
-    sections: dict[str, Any] = {}
-    for flag, value in values.items():
-        name, _, key = flag.partition(".")
-        if key:
-            sections.setdefault(name, {})[key] = value
-        else:
-            sections[name] = value
-    hints = get_type_hints(Config)
-    return Config(**{name: hints[name](**value) if dataclasses.is_dataclass(hints[name]) else value for name, value in sections.items()})
-
-
-def config_from_file(path: str) -> dict[str, Any]:
-    """Read the flat values in a run's config.json; ValueError for keys this version does not have."""
-    values = read_json(Path(path)).get("config")
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: has no \"config\" object: give the config.json of a run folder")
-    unknown = sorted(set(values) - set(flag_types()))
-    if unknown:
-        raise ValueError(f"{path}: unknown setting {unknown[0]!r}")
-    return {flag: tuple(value) if isinstance(value, list) else value for flag, value in values.items()}
-
-
-def parse_args(args: Sequence[str]) -> Config:
-    """Read --section.name=value flags; raises ValueError for anything it does not know.
-
-    What is not given is taken from the run in --out (when continuing it), then from the one in --base, then
-    from the defaults, so that a later stage never runs with other settings than the stages it builds on.
-    """
-    types, given = flag_types(), {}
-    for arg in args:
-        name, equals, text = arg.partition("=")
-        flag = name.removeprefix("--")
-        if not name.startswith("--") or not equals and types.get(flag) is not bool:
-            raise ValueError(f"cannot read {arg!r}: flags are written --section.name=value (see --help)")
-        flag = "model.path" if flag == "model" else flag
-        if flag not in types and flag != "config":
-            near = [known for known in types if known.split(".")[-1] == flag.split(".")[-1]]
-            raise ValueError(f"unknown flag --{flag}" + (f" (did you mean --{near[0]}?)" if near else " (see --help)"))
-        given[flag] = text if flag == "config" else parse_value(text if equals else "true", types[flag], f"--{flag}")
-    sources = [given.pop("config", "")] + [f"{given[key]}/config.json" for key in ("out", "base") if given.get(key)]
-    source = next((path for i, path in enumerate(sources) if path and (i == 0 or Path(path).exists())), None)
-    values = {flag: value for flag, value in config_from_file(source).items() if flag not in PER_CALL} if source else {}
-    if not values and given.get("model.path"):
-        values = dict(PRETRAINED_DEFAULTS)
-    config = unflatten({**values, **given})
-    return config if config.plan else check(config)
-
-
-def world_shape(config: Config, **own: int) -> ModelConfig:
-    """Return the shape of the embedded world's model, with the nonzero sizes of `own` in place of the actor's."""
-    m = config.model
-    shape = {"dim": m.dim, "n_layers": m.n_layers, "n_heads": m.n_heads, "ffn_dim": m.ffn_dim, **{k: v for k, v in own.items() if v}}
-    heads = shape["n_heads"] if own.get("n_heads") else m.n_kv_heads
-    return ModelConfig(n_kv_heads=heads, vocab_size=m.vocab_size, max_seq_len=m.max_seq_len, **shape)
-
-
-def plan_shapes(config: Config) -> tuple[ModelConfig, ModelConfig]:
-    """Return the shapes of the actor, and of reward model and critic, for --plan."""
-    if config.is_world:
-        return world_shape(config), reward_shape(config) or world_shape(config)
-    return plan.named_shape(config.model.path), plan.named_shape(config.reward.model or config.model.path)
-
-
-def reward_shape(config: Config) -> ModelConfig | None:
-    """Return the reward model's own shape on the embedded world; None if it has the actor's."""
-    r = config.reward
-    own = {"dim": r.dim, "n_layers": r.n_layers, "n_heads": r.n_heads, "ffn_dim": r.ffn_dim}
-    return world_shape(config, **own) if any(own.values()) else None
-
-
-def check(config: Config) -> Config:
-    """Refuse impossible combinations in one line each."""
-    order = [STAGES.index(stage) if stage in STAGES else -1 for stage in config.stages]
-    if not order or -1 in order or order != list(range(order[0], order[0] + len(order))):
-        raise ValueError(f"--stages={','.join(config.stages)}: give a contiguous part of {','.join(STAGES)}")
-    if config.dtype not in ("auto", "float32", "bfloat16"):
-        raise ValueError(f"--dtype={config.dtype}: use auto, float32 or bfloat16")
-    if config.base and not Path(config.base, "config.json").exists():
-        raise ValueError(f"--base={config.base}: not the folder of a run, it has no config.json")
-    if config.resume and not config.out:
-        raise ValueError("--resume needs --out=FOLDER: the run to continue")
-    if len(config.reward.temperatures) < 2:
-        raise ValueError("--reward.temperatures: ranking needs at least two responses per prompt")
-    longest = config.data.max_prompt_tokens + config.data.max_response_tokens
-    context = (world_shape(config) if config.is_world else read_config(config.model.path)).max_seq_len
-    if longest > context:
-        raise ValueError(f"--data.max_prompt_tokens + --data.max_response_tokens = {longest} exceeds the model's context of {context}")
-    if reward_shape(config) and not config.is_world:
-        raise ValueError("--reward.dim and the like shape the embedded world's reward model; with --model give --reward.model=DIR")
-    if not config.is_world:
-        needed = [("sft", "sft.data", config.sft.data), ("ppo", "ppo.prompts", config.ppo.prompts)]
-        needed += [("ppo", "sft.data", config.sft.data)] if config.ppo.ptx_coef else []
-        for stage, flag, files in needed:
-            if stage in config.stages and not files:
-                raise ValueError(f"--model is given, so stage {stage} needs --{flag}=FILE")
-    elif config.sft.data or config.reward.data or config.ppo.prompts or config.eval.prompts:
-        raise ValueError("data files need a model to train: give --model=DIR")
-    for flag, files in (("sft.data", config.sft.data), ("reward.data", config.reward.data), ("ppo.prompts", config.ppo.prompts),
-                        ("eval.prompts", config.eval.prompts)):
-        for file in files:  # now, not when their stage begins hours later
-            if not Path(file).is_file() or not Path(file).stat().st_size:
-                raise ValueError(f"--{flag}={file}: {'the file is empty' if Path(file).is_file() else 'no such file'}")
-    return config
-
-
-def check_ranks(config: Config, world: int) -> None:
-    """Refuse batch sizes that the ranks cannot share evenly."""
-    for flag in ("sft.batch_size", "reward.batch_size", "ppo.batch_size", "ppo.minibatch_size"):
-        if flatten(config)[flag] % world:
-            raise ValueError(f"--{flag}={flatten(config)[flag]} cannot be shared by {world} processes: make it a multiple of {world}")
-
-
-def usage() -> str:
-    """List every flag with its default, the default under --model=DIR where it differs, and its comment in the source."""
-    lines = [__doc__.strip(), "", "--model=DIR is short for --model.path=DIR; --config=FILE starts from the config.json of another run.", ""]
-    comments = {}
-    for name, hint in {"": Config, **get_type_hints(Config)}.items():
-        if dataclasses.is_dataclass(hint):
-            for line in inspect.getsource(hint).splitlines():
-                code, _, comment = line.partition("  # ")
-                comments[f"{name}.{code.split(':')[0].strip()}".removeprefix(".")] = comment.strip()
-    for flag, value in flatten(Config()).items():
-        shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
-        pretrained = f" [{PRETRAINED_DEFAULTS[flag]} with --model]" if flag in PRETRAINED_DEFAULTS else ""
-        lines.append(f"  --{flag + '=' + str(shown):34}{pretrained} {comments.get(flag, '')}".rstrip())
-    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------
 # A run: its folder, its log, its optimizer steps
-
-@dataclass(frozen=True)
-class Run:
-    """What every stage needs: the settings, this process, and where results are."""
-    config: Config
-    machine: Machine
-    out: Path
-    tokenizer: Tokenizer
-
-    def result(self, name: str) -> Path | None:
-        """Return where an earlier stage's result is: in this run's folder, in its base's, or further down; None if nowhere."""
-        folders, base = [self.out], self.config.base
-        while base and Path(base) not in folders:
-            folders.append(Path(base))
-            base = config_from_file(f"{base}/config.json").get("base", "")
-        return next((folder / name for folder in folders if (folder / name).exists()), None)
-
-    def needed(self, name: str, stage: str) -> Path:
-        found = self.result(name)
-        if found is None:
-            raise ValueError(f"{self.out / name} does not exist: run --stages={stage} first, or name a run that has it with --base=FOLDER")
-        return found
-
-    def log(self, stage: str, step: int, **numbers: float) -> None:
-        """Append one line to metrics.jsonl."""
-        if self.machine.is_main:
-            with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps({"stage": stage, "step": step, **numbers}) + "\n")
-
-    def say(self, text: str) -> None:
-        if self.machine.is_main:
-            tqdm.write(text)
-
-    def bar(self, stage: str, total: int, start: int = 0) -> tqdm:
-        return tqdm(total=total, initial=start, desc=f"{stage:<9}", disable=not self.machine.is_main, dynamic_ncols=True, mininterval=0.5)
 
 
 def lr_at(step: int, steps: int, peak: float, end: float, warmup: float) -> float:
@@ -381,128 +122,6 @@ def train_on(run: Run, name: str, model: nn.Module, examples: Sequence, make_bat
     bar.close()
 
 
-def keep(run: Run, stage: str, step: int, steps: int, every: int, trained: Mapping, state: dict) -> None:
-    """Save a resumable checkpoint every `every` steps."""
-    if every and step % every == 0 and step < steps:
-        parallel.save_checkpoint(run.out / "checkpoints" / stage / f"{step:06d}", trained, {**state, "step": step}, run.machine)
-
-
-def restore(run: Run, stage: str, trained: Mapping) -> dict:
-    """Load the newest checkpoint of a stage when resuming; drop log lines written after it. {} if there is none."""
-    if not run.config.resume:
-        return {}
-    folders = sorted(p for p in (run.out / "checkpoints" / stage).glob("*") if p.suffix != ".partial")
-    state = parallel.load_checkpoint(folders[-1], trained) if folders else {}
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        if run.machine.is_main and (run.out / name).exists():
-            lines = evaluation.read_jsonl(run.out / name)
-            evaluation.write_jsonl(run.out / name, [line for line in lines if line["stage"] != stage or line["step"] <= state.get("step", 0)])
-    return state
-
-
-def save_model(run: Run, model: nn.Module, name: str, extra: Mapping | None = None) -> None:
-    """Write a model folder in the Hugging Face layout; the stage's checkpoint has served."""
-    weights = parallel.full_weights(model)
-    if run.machine.is_main:
-        save_pretrained(model, run.out / name, run.tokenizer, weights, extra)
-        shutil.rmtree(run.out / "checkpoints" / name, ignore_errors=True)
-    for _ in weights:  # the other ranks take part in gathering what the main one writes
-        pass
-    parallel.gather_objects(None)
-
-
-def load_model(run: Run, path: Path, kind: type[nn.Module] = Transformer, frozen: bool = False) -> nn.Module:
-    """Load a model folder, sharded; a scalar model from a language model gets a fresh head."""
-    weights = read_weights(path)
-    config = read_config(path)
-    if kind is ScalarModel and "score.weight" not in weights:
-        head = torch.randn(1, config.dim, generator=torch.Generator().manual_seed(run.config.seed)) / (config.dim + 1) ** 0.5
-        weights.sources["score.weight"] = Source(path, tuple(head.shape), head.dtype, lambda: head)
-    return parallel.build(kind, config, weights, run.machine, frozen)
-
-
-def to_device(run: Run, *tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(tensor.to(run.machine.device) for tensor in tensors)
-
-
-# ---------------------------------------------------------------------------------------------
-# Data of every stage: the embedded world, or files
-
-def messages_of(prompt: str) -> tuple[data.Message, ...]:
-    return (data.Message("user", prompt),)
-
-
-def preference_items(run: Run) -> list[microcosm.Item]:
-    """Return the world's prompts whose responses are ranked."""
-    return microcosm.items("preference", run.config.reward.sampled_prompts, run.config.seed, run.config.reward.in_domain_share)
-
-
-def sft_examples(run: Run) -> list[data.TokenizedDialogue]:
-    """Return the dialogues to imitate; the world's are imperfect by construction."""
-    config = run.config
-    if config.is_world:
-        rng = random.Random(f"demonstrations {config.seed}")
-        records = [data.Dialogue((*messages_of(item.prompt), data.Message("assistant", microcosm.demonstrate(item, rng))), item.task)
-                   for item in microcosm.items("train", config.sft.examples, config.seed, config.sft.in_domain_share)]
-    else:
-        records, report = data.read_dialogues(config.sft.data, config.data.skip_bad)
-        run.say(f"sft data: {report}")
-    examples, report = data.encode_sft(records, run.tokenizer, config.data.template,
-                                       config.data.max_prompt_tokens + config.data.max_response_tokens)
-    run.say(f"sft examples: {report}")
-    return examples
-
-
-@cache
-def read_prompts(run: Run, name: str, files: tuple[str, ...]) -> tuple[list[data.Prompt], list[list[int]]]:
-    """Return the prompts of files and their token ids; several stages of a run ask for them."""
-    config = run.config.data
-    records, report = data.read_prompts(files, config.skip_bad)
-    run.say(f"{name} data: {report}")
-    ids, records, report = data.encode_prompts(records, run.tokenizer, config.template, config.max_prompt_tokens, config.skip_bad)
-    run.say(f"{name} prompts: {report}")
-    return records, ids
-
-
-def world_prompts(run: Run, items: Sequence[microcosm.Item]) -> list[list[int]]:
-    return [data.encode_prompt(run.tokenizer, messages_of(item.prompt), run.config.data.template) for item in items]
-
-
-def ppo_prompts(run: Run) -> tuple[list[data.Prompt], list[list[int]]]:
-    """Return the prompts of PPO's files and their token ids, in the order of the files."""
-    config = run.config
-    records, ids = read_prompts(run, "ppo", config.ppo.prompts)
-    if len(ids) <= config.eval.holdout and not config.eval.prompts:
-        raise ValueError(f"--ppo.prompts has {len(ids)} usable prompts and --eval.holdout={config.eval.holdout} of them are held out: lower it")
-    return records, ids
-
-
-def training_prompts(run: Run) -> list[list[int]]:
-    """Return the prompts PPO trains on: the world's training split, or all in its files but those kept for evaluation."""
-    config = run.config
-    if config.is_world:
-        return world_prompts(run, microcosm.items("train", config.ppo.iterations * config.ppo.batch_size, config.seed + 1_000_000,
-                                                  config.ppo.in_domain_share))
-    ids = ppo_prompts(run)[1]
-    return ids if config.eval.prompts else ids[:len(ids) - config.eval.holdout]
-
-
-def sft_batch(run: Run, examples: Sequence[data.TokenizedDialogue]) -> sft.Batch:
-    tokens, attention_mask = data.pad([example.tokens for example in examples])
-    return sft.Batch(*to_device(run, tokens, attention_mask, data.pad_masks([example.response_mask for example in examples])))
-
-
-def reward_batch(run: Run, examples: Sequence[data.TokenizedRanking]) -> reward.Batch:
-    """Lay out N prompts x G responses; a prompt with fewer than G gets one-token rows of rank NaN."""
-    size = max(len(example.responses) for example in examples)
-    rows, ranks = [], torch.full((len(examples), size), torch.nan)
-    for n, example in enumerate(examples):
-        texts = [example.prompt + response for response in example.responses]
-        rows += texts + [example.prompt[:1]] * (size - len(texts))
-        ranks[n, :len(texts)] = torch.tensor(example.ranks)
-    return reward.Batch(*to_device(run, *data.pad(rows), ranks))
-
-
 # ---------------------------------------------------------------------------------------------
 # The six stages
 
@@ -541,7 +160,7 @@ def run_sample(run: Run) -> None:
     bar.close()
     responses = [row for part in parallel.gather_objects(drawn) for row in part]
     if run.machine.is_main:
-        evaluation.write_jsonl(run.out / "to_rank.jsonl", (
+        write_jsonl(run.out / "to_rank.jsonl", (
             {"id": i, "task": task, "prompt": text, "responses": [run.tokenizer.decode(ids) for ids in group], "ranks": None,
              "prompt_ids": prompt, "response_ids": group}
             for i, (task, text, prompt, group) in enumerate(zip(tasks, texts, prompts, responses))))
@@ -556,7 +175,7 @@ def run_annotate(run: Run) -> None:
     """Turn the drawn responses into rankings: people's, or the embedded annotator's."""
     def rank() -> int:
         path, config = run.needed("to_rank.jsonl", "sample"), run.config
-        rows = evaluation.read_jsonl(path)
+        rows = read_jsonl(path)
         if config.is_world:
             for row, item in zip(rows, preference_items(run), strict=True):
                 row["ranks"] = row["ranks"] or microcosm.annotate(item, row["responses"], config.seed, config.reward.noise)
@@ -564,31 +183,10 @@ def run_annotate(run: Run) -> None:
             ranks = row.get("ranks")
             if not isinstance(ranks, list) or len(ranks) != len(row["responses"]) or not all(isinstance(r, (int, float)) for r in ranks):
                 raise ValueError(f"{path}:{number}: \"ranks\" must be a list of {len(row['responses'])} numbers, 1 is best: rank this prompt first")
-        evaluation.write_jsonl(run.out / "ranked.jsonl", rows)
+        write_jsonl(run.out / "ranked.jsonl", rows)
         return sum(len(set(row["ranks"])) > 1 for row in rows)
     informative = parallel.from_main(rank)
     run.say(f"annotate : {informative} prompts have a pair of differently ranked responses")
-
-
-def rankings(run: Run) -> tuple[list[data.TokenizedRanking], list[str]]:
-    """Return the rankings that hold a pair, and each one's task, shuffled."""
-    config = run.config
-    if config.reward.data:
-        records, report = data.read_rankings(config.reward.data, config.data.skip_bad)
-        run.say(f"reward data: {report}")
-        ranked, report = data.encode_rankings(records, run.tokenizer, config.data.template,
-                                              config.data.max_prompt_tokens + config.data.max_response_tokens)
-        run.say(f"reward examples: {report}")
-        tasks = [""] * len(ranked)
-    else:
-        ranked, tasks = [], []
-        for row in evaluation.read_jsonl(run.needed("ranked.jsonl", "annotate")):
-            distinct = {tuple(ids): rank for ids, rank in zip(row["response_ids"], row["ranks"])}
-            if len(set(distinct.values())) > 1:
-                ranked.append(data.TokenizedRanking(row["prompt_ids"], [list(ids) for ids in distinct], list(distinct.values())))
-                tasks.append(row["task"])
-    order = data.epoch_order(len(ranked), config.seed, 0)
-    return [ranked[i] for i in order], [tasks[i] for i in order]
 
 
 def reward_start(run: Run) -> Path:
@@ -625,7 +223,7 @@ def score_samples(run: Run, model: nn.Module, prompts: Sequence[list[int]], resp
     """Return the reward model's raw scores of this rank's responses; the model is gathered by the caller."""
     with run.machine.autocast():
         rows = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
-        return chat.score_rows(model, rows, run.config.ppo.microbatch_size)
+        return score_rows(model, rows, run.config.ppo.microbatch_size)
 
 
 def answer(run: Run, model: nn.Module, prompts: Sequence[list[int]], temperature: float, seed: int = 0) -> list[list[int]]:
@@ -752,7 +350,7 @@ def gather_rollouts(machine: Machine, rollout: ppo.Rollout) -> list[ppo.Rollout]
 
 def summary(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Average the statistics of an iteration's optimizer steps; of the largest ratio take the largest."""
-    return {name: (max if name == "ratio_max" else evaluation.mean)([step[name] for step in steps]) for name in steps[0]}
+    return {name: (max if name == "ratio_max" else statistics.mean)([step[name] for step in steps]) for name in steps[0]}
 
 
 def show_iteration(run: Run, step: int, rollout: ppo.Rollout, stats: Mapping[str, float], bar: tqdm, n: int = 2) -> None:
@@ -794,45 +392,26 @@ def run_eval(run: Run) -> None:
         mine = answer(run, base_model(run) if name == "base" else load_model(run, run.needed(name, name)), prompts, temperature=0.0)
         answers[name] = [run.tokenizer.decode(ids) for part in parallel.gather_objects(mine) for ids in part]
         if config.is_world:
-            values[name], scores[name] = evaluation.world_values(items, answers[name])
+            values[name], scores[name] = world_values(items, answers[name])
         else:
             scores[name] = reward_scores(run, prompts, mine, reward_path) if reward_path else [0.0] * len(prompts)
             values[name] = {"in_domain": {"score": scores[name]}}
-    contests, changes = {}, {}
+    contests, changed = {}, {}
     if len(trained) == 2:
         domain = [i for i, item in enumerate(items) if getattr(item, "task", "ad") == "ad"]
-        contests["ppo_vs_sft"] = evaluation.contest([evaluation.prefer(scores["ppo"][i], scores["sft"][i]) for i in domain],
+        contests["ppo_vs_sft"] = statistics.contest([statistics.prefer(scores["ppo"][i], scores["sft"][i]) for i in domain],
                                                     [(len(answers["ppo"][i]), len(answers["sft"][i])) for i in domain])
-        changes = evaluation.changes(values["ppo"], values["sft"])
+        changed = changes(values["ppo"], values["sft"])
     accuracy = read_json(reward_path / "config.json").get("holdout_accuracy", {}) if reward_path else {}
-    results = {"models": {name: evaluation.summarise(rows) for name, rows in values.items()}, "head_to_head": contests, "changes": changes,
+    results = {"models": {name: summarise(rows) for name, rows in values.items()}, "head_to_head": contests, "changes": changed,
                "reward_model": accuracy,
                "seconds": {**timings(run), "eval": round(time.perf_counter() - began, 2)}}
     if run.machine.is_main:
         telling = trained if config.is_world else answers  # random weights only babble
-        examples = evaluation.pick_examples(items, {name: answers[name] for name in telling}, scores, config.eval.show)
+        examples = report.pick_examples(items, {name: answers[name] for name in telling}, scores, config.eval.show)
         (run.out / "eval.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        report = evaluation.write_report(run.out, results, examples)
-        print(evaluation.table(results), "", evaluation.examples_text(examples), "", report, sep="\n")
-
-
-def held_out_prompts(run: Run) -> tuple[list[Any], list[list[int]]]:
-    """Return the real prompts of the evaluation, as things with a prompt and an answer, and their token ids."""
-    config = run.config
-    if config.eval.prompts:
-        records, ids = read_prompts(run, "eval", config.eval.prompts)
-    elif config.ppo.prompts:
-        records, ids = (part[-config.eval.holdout:] for part in ppo_prompts(run))
-    else:
-        raise ValueError("the evaluation needs prompts: give --eval.prompts=FILE")
-    return [Shown(record.messages[-1].content, record.answer) for record in records], ids
-
-
-@dataclass(frozen=True)
-class Shown:
-    """A real prompt as the evaluation shows it."""
-    prompt: str
-    answer: str | None
+        said = report.write_report(run.out, results, examples)
+        print(report.table(results), "", report.examples_text(examples), "", said, sep="\n")
 
 
 def reward_scores(run: Run, prompts: Sequence[list[int]], mine: Sequence[list[int]], reward_path: Path) -> list[float]:
@@ -847,72 +426,15 @@ def reward_scores(run: Run, prompts: Sequence[list[int]], mine: Sequence[list[in
 # ---------------------------------------------------------------------------------------------
 # Main
 
-RESULTS = {"sft": "sft", "sample": "to_rank.jsonl", "annotate": "ranked.jsonl", "reward": "reward", "ppo": "ppo", "eval": "eval.json"}
+
 RUNNERS = {"sft": run_sft, "sample": run_sample, "annotate": run_annotate, "reward": run_reward, "ppo": run_ppo, "eval": run_eval}
-
-
-def timings(run: Run) -> dict[str, float]:
-    """Return the wall seconds of every finished stage."""
-    path = run.out / "seconds.json"
-    return read_json(path) if path.exists() else {}
-
-
-def stages_to_run(config: Config, out: Path) -> list[str]:
-    """Drop stages that are not needed; refuse to overwrite a result."""
-    stages = [stage for stage in config.stages if not (config.reward.data and stage in ("sample", "annotate"))]
-    done = [stage for stage in stages if (out / RESULTS[stage]).exists()]
-    if config.resume:
-        return [stage for stage in stages if stage not in done or stage == "eval"]
-    if done and done != ["eval"]:
-        raise ValueError(f"{out / RESULTS[done[0]]} exists: name a fresh --out, or continue with --resume")
-    return stages
-
-
-def open_folder(config: Config) -> Path:
-    """Make the run folder: the one asked for, or the first free runs/NNN."""
-    if config.out:
-        stages_to_run(config, Path(config.out))
-        Path(config.out).mkdir(parents=True, exist_ok=True)
-        return Path(config.out)
-    for number in range(1, 10_000):
-        out = Path("runs") / f"{number:03d}"
-        try:
-            out.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        return out
-    raise ValueError("runs/ is full: give --out=FOLDER")
-
-
-def record_config(config: Config, out: Path, world: int) -> None:
-    """Write config.json: everything needed to repeat the run."""
-    here = Path(__file__).parent
-    revision = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True).stdout.strip() or None
-    content = {"config": {**flatten(config), "out": str(out)}, "processes": world, "git": revision,
-               "versions": {"python": platform.python_version(), "torch": torch.__version__}}
-    (out / "config.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-def prepare_tokenizer(config: Config, out: Path) -> Tokenizer:
-    """Open the model's tokenizer, or train the embedded world's at the start of the run."""
-    if not config.is_world:
-        return chat.open_tokenizer(Path(config.model.path))
-    path = out / "tokenizer.model"
-    if not path.exists():
-        partial_path = out / "tokenizer.partial"
-        try:
-            microcosm.train_tokenizer(partial_path, config.model.vocab_size)
-        except RuntimeError as error:
-            raise ValueError(f"--model.vocab_size={config.model.vocab_size}: {str(error).splitlines()[-1]}")
-        os.rename(partial_path, path)
-    return Tokenizer(path)
 
 
 def main(args: Sequence[str]) -> None:
     """Run the stages asked for."""
     config = parse_args(args)
     if config.plan:
-        return plan.main(config, plan_shapes(config))
+        return planner.main(config, planner.shapes(config))
     machine = parallel.start(config.dtype, config.parallel)
     check_ranks(config, machine.world)
     out = parallel.from_main(lambda: open_folder(config))

@@ -145,12 +145,12 @@ def main(chosen: list[int]) -> None:
         shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__"))
         for mutant in MUTANTS:
             apply(mutant, folder)  # all can be applied, before the long work begins
-            shutil.copy(ROOT / f"{mutant.file}.py", folder)
+            shutil.copy(ROOT / f"{mutant.file}.py", folder / f"{mutant.file}.py")
         for number in chosen or range(1, len(MUTANTS) + 1):
             mutant = MUTANTS[number - 1]
             apply(mutant, folder)
             rows.append((number, mutant, first_failure(folder)))
-            shutil.copy(ROOT / f"{mutant.file}.py", folder)
+            shutil.copy(ROOT / f"{mutant.file}.py", folder / f"{mutant.file}.py")
             print(f"{number:3}  {mutant.bug}: {rows[-1][2] or 'SURVIVED'}", flush=True)
     caught = sum(bool(test) for _, _, test in rows)
     print(f"{caught} of {len(rows)} caught")

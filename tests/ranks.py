@@ -14,7 +14,8 @@ import parallel
 import ppo
 import reward
 import sft
-from model import ModelConfig, ScalarModel, Transformer, write_safetensors
+from model import ModelConfig, ScalarModel, Transformer
+from weights.files import write_safetensors
 from train import Term, gather_rollouts, update
 
 CONFIG = ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=61, ffn_dim=64, max_seq_len=64)

@@ -8,16 +8,17 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 
 import parallel
-import train
 from model import ScalarModel, Transformer
+from run import settings
+from run import folder
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     MACHINE = parallel.start("float32")
-    RUN = train.Run(train.Config(), MACHINE, Path(sys.argv[1]), None)
-    for number, folder in enumerate(map(Path, sys.argv[2:])):
+    RUN = folder.Run(settings.Config(), MACHINE, Path(sys.argv[1]), None)
+    for number, path in enumerate(map(Path, sys.argv[2:])):
         parallel.BLOCKWISE_ABOVE = 0 if number % 2 else 20_000_000
-        model = train.load_model(RUN, folder, ScalarModel if folder.name == "reward" else Transformer)
+        model = folder.load_model(RUN, path, ScalarModel if path.name == "reward" else Transformer)
         model(torch.tensor([[1, 5, 9]]))
-        train.save_model(RUN, model, folder.name)
+        folder.save_model(RUN, model, path.name)
     parallel.stop()

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import time
 import zlib
+from collections import Counter
+from dataclasses import replace
 from functools import cache
 from itertools import combinations
 from pathlib import Path
@@ -15,14 +17,18 @@ from pathlib import Path
 import pytest
 import torch
 
-import benchmarks
 import microcosm
-import sandbox
-from benchmarks import Engine, Question, evaluate, read_questions
+from benchmarks.engine import Engine, cut_text
+from benchmarks.questions import Question, Request, encode_question, read_items, read_questions, texts_to_score
+from benchmarks.numbers import evaluate
 from data import Tokenizer
-from model import ModelConfig, Transformer, generate, init_weights, save_pretrained
+from model import ModelConfig, Transformer, generate, init_weights
+from weights.export import save_pretrained
 from parallel import Machine
-from tasks import GENERIC, GROUPS, TASKS, Item, Outcome, Task, generic, math_equal
+from benchmarks.tasks import GENERIC, GROUPS, TASKS, Task, generic
+from benchmarks.metrics import Item, Outcome, math_equal
+from benchmarks import command as benchmark
+from benchmarks import numbers, sandbox
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -57,11 +63,11 @@ def stand_in_evaluate(name: str, task, questions, tokenizer, texts=()):
     """Evaluate with the stand-in; return the result, per-question values by metric, and the stand-in."""
     engine = StandIn(tokenizer, texts)
     engine.check = lambda programs, name: [False] * len(programs)
-    asked = [benchmarks.encode_question(question, task, tokenizer, engine.context_size) for question in questions]
-    outcomes = benchmarks.answer_questions(name, task, questions, asked, engine)
-    measured = benchmarks.measure(name, task, questions, outcomes, engine)
+    asked = [encode_question(question, task, tokenizer, engine.context_size) for question in questions]
+    outcomes = numbers.answer_questions(name, task, questions, asked, engine)
+    measured = numbers.measure(name, task, questions, outcomes, engine)
     values = [{metric: row[i] for metric, row in measured.items() if i in row} for i in range(len(questions))]
-    result = {metric: benchmarks.summarize(metric, benchmarks.by_part(row, questions))[0] for metric, row in measured.items()}
+    result = {metric: numbers.summarize(metric, numbers.by_part(row, questions))[0] for metric, row in measured.items()}
     return result, values, engine
 
 
@@ -119,7 +125,7 @@ def test_golden(golden):
     for i, row in enumerate(rows):
         question = questions[i]
         if "requests" in row:
-            assert benchmarks.texts_to_score(question, task.delimiter) == [(r["context"], r["continuation"]) for r in row["requests"]]
+            assert texts_to_score(question, task.delimiter) == [(r["context"], r["continuation"]) for r in row["requests"]]
             for request, expected in zip(engine.requests[i], row["requests"], strict=True):
                 assert list(request.continuation) == expected["continuation_tokens"]
                 assert len(request.context) == expected["n_context_tokens"]
@@ -170,7 +176,7 @@ def test_own_golden(case, tmp_path):
     if "contexts" in case:
         assert [question.prefix + question.item.query for question in questions] == case["contexts"]
     if "pairs" in case:
-        assert [[list(pair) for pair in benchmarks.texts_to_score(question, task.delimiter)] for question in questions] == case["pairs"]
+        assert [[list(pair) for pair in texts_to_score(question, task.delimiter)] for question in questions] == case["pairs"]
     assert values == [pytest.approx(one) for one in case["values"]]
     assert {metric: [number.value, number.error] for metric, number in result.items()} == \
         {metric: pytest.approx([math.nan if x is None else x for x in two], nan_ok=True) for metric, two in case["totals"].items()}
@@ -190,13 +196,13 @@ def test_pass_at_k_by_counting_subsets():
         for right in range(n + 1):
             for k in range(1, n + 1):
                 subsets = list(combinations([True] * right + [False] * (n - right), k))
-                assert benchmarks.pass_at_k(n, right, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+                assert numbers.pass_at_k(n, right, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
 
 
 def test_errors_by_hand():
-    assert benchmarks.standard_error([0.0, 1.0, 1.0, 1.0]) == pytest.approx(0.25)
-    assert math.isnan(benchmarks.standard_error([1.0]))
-    total, _ = benchmarks.summarize("acc", {"a": [0.0, 1.0, 1.0, 1.0], "b": [0.0, 0.0]})
+    assert numbers.standard_error([0.0, 1.0, 1.0, 1.0]) == pytest.approx(0.25)
+    assert math.isnan(numbers.standard_error([1.0]))
+    total, _ = numbers.summarize("acc", {"a": [0.0, 1.0, 1.0, 1.0], "b": [0.0, 0.0]})
     assert total.value == 0.5 and total.n == 6  # weighted by size: (4 * 0.75 + 2 * 0) / 6
     assert total.error == pytest.approx(math.sqrt(3 * 0.25**2 * 4 / 4 / 6))
 
@@ -205,7 +211,7 @@ def test_bootstrap_draws_are_those_of_python():
     values = [-1.0, -2.5, -0.5, -4.0, -3.0]
     drawn = [math.exp(-sum(rng.choices(values, k=5)) / 5) for i in range(2) for rng in [random.Random(i)] for _ in range(1000)]
     mean = sum(drawn) / 2000
-    assert benchmarks.perplexity_error(values, draws=2000) == pytest.approx(math.sqrt(sum((x - mean)**2 for x in drawn) / 1999), rel=1e-9)
+    assert numbers.perplexity_error(values, draws=2000) == pytest.approx(math.sqrt(sum((x - mean)**2 for x in drawn) / 1999), rel=1e-9)
 
 
 @pytest.mark.parametrize("text, truth, equal", [
@@ -241,8 +247,8 @@ def test_trees_score_as_single_forwards_do(batch_tokens):
     questions = []
     for _ in range(30):
         context = draw(rng.choice([1, 5, 30, 70]))
-        questions.append([benchmarks.Request(context, draw(rng.choice([1, 1, 2, 9, 40]))) for _ in range(rng.randint(1, 5))])
-    questions.append([benchmarks.Request(draw(20) + (7,), (5, 6)), benchmarks.Request(draw(20) + (8,), (5, 6))])
+        questions.append([Request(context, draw(rng.choice([1, 1, 2, 9, 40]))) for _ in range(rng.randint(1, 5))])
+    questions.append([Request(draw(20) + (7,), (5, 6)), Request(draw(20) + (8,), (5, 6))])
     for question, scores in zip(questions, engine.score(questions, "test")):
         for request, (logprob, greedy) in zip(question, scores):
             expected, expected_greedy = naive_score(engine.model, request, 64)
@@ -257,7 +263,7 @@ def test_generation_stops_at_the_first_stop_string():
     task = Task(generic, (), {}, until=(stop,), max_new_tokens=30)
     texts = engine.write(prompts, task, "test")
     for text, ids in zip(texts, free):
-        assert text == [benchmarks.cut_text(Letters().decode(ids), (stop, "</s>"))]
+        assert text == [cut_text(Letters().decode(ids), (stop, "</s>"))]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -279,7 +285,7 @@ def test_generation_stops_at_the_first_stop_string():
 def test_bad_files_are_refused_with_file_and_line(content, message, tmp_path):
     (tmp_path / "mine.jsonl").write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match="mine.jsonl" + message):
-        benchmarks.read_items(GENERIC, ("mine.jsonl",), tmp_path)
+        read_items(GENERIC, ("mine.jsonl",), tmp_path)
 
 
 def test_broken_csv_and_missing_demonstrations_are_refused(tmp_path):
@@ -303,14 +309,14 @@ def test_demonstrations_on_request(tmp_path):
     (tmp_path / "winogrande").mkdir()
     for split in ("train", "validation"):  # the same rows, to see that no question is its own demonstration
         (tmp_path / "winogrande" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = benchmarks.replace(TASKS["winogrande"], shots=2)
+    task = replace(TASKS["winogrande"], shots=2)
     rng, pool = random.Random(1234), list(range(9))
     for i, question in enumerate(read_questions("winogrande", task, tmp_path, None, 0)):
         shown = [j for j in rng.sample(pool, 3) if j != i][:2]
         assert question.prefix == "".join(f"The cup {j} fell on the plate because the plate slid.\n\n" for j in shown)
     with pytest.raises(ValueError, match="9 demonstrations of winogrande, it takes 10"):
-        read_questions("winogrande", benchmarks.replace(task, shots=9), tmp_path, None, 0)
-    assert all(not question.prefix for question in read_questions("winogrande", benchmarks.replace(task, shots=0), tmp_path, None, 0))
+        read_questions("winogrande", replace(task, shots=9), tmp_path, None, 0)
+    assert all(not question.prefix for question in read_questions("winogrande", replace(task, shots=0), tmp_path, None, 0))
 
 
 def test_questions_that_do_not_fit_are_counted():
@@ -321,12 +327,12 @@ def test_questions_that_do_not_fit_are_counted():
     assert result.skipped == {"a choice is longer than the model's context of 16 tokens": 1}
     result = evaluate("mine", GENERIC, [Question(Item("q", answers=("a",)))], engine)
     assert result.metrics == {} and result.skipped == {"256 new tokens leave no room in the model's context of 16": 1}
-    assert "mine: 1 skipped: 256 new tokens" in benchmarks.table({"model": {"mine": result}}, [])
+    assert "mine: 1 skipped: 256 new tokens" in benchmark.table({"model": {"mine": result}}, [])
 
 
 def test_limit_draws_from_the_seed_and_keeps_the_order(tmp_path):
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps({"context": f"q{i}", "answer": "a"}) + "\n" for i in range(50)))
-    task = benchmarks.replace(GENERIC, files=("mine.jsonl",))
+    task = replace(GENERIC, files=("mine.jsonl",))
     def draw(seed: int) -> list[str]:
         return [question.item.query for question in read_questions("mine", task, tmp_path, 10, seed)]
     assert draw(0) == draw(0) != draw(1)
@@ -335,33 +341,33 @@ def test_limit_draws_from_the_seed_and_keeps_the_order(tmp_path):
 
 def test_groups():
     assert len(GROUPS["general12"]) == 12 and set(GROUPS["general12"]) <= set(TASKS)
-    asked, groups = benchmarks.plan("arc_easy,general12")
+    asked, groups = benchmark.plan("arc_easy,general12")
     assert asked["arc_easy"] and not asked["mmlu"] and groups == ["general12"]
     with pytest.raises(ValueError, match="no task 'arc'"):
-        benchmarks.plan("arc")
-    results = {name: benchmarks.Result({}, {}, benchmarks.Counter({"no file": 0})) for name in GROUPS["general12"]}
-    results["boolq"] = benchmarks.Result({"acc": benchmarks.Number(0.5, 0.1, 30)}, {}, benchmarks.Counter())
-    assert "mean over 1 of 12 tasks" in benchmarks.table({"model": results}, groups)
+        benchmark.plan("arc")
+    results = {name: numbers.Result({}, {}, Counter({"no file": 0})) for name in GROUPS["general12"]}
+    results["boolq"] = numbers.Result({"acc": numbers.Number(0.5, 0.1, 30)}, {}, Counter())
+    assert "mean over 1 of 12 tasks" in benchmark.table({"model": results}, groups)
 
 
 def test_one_model_against_another():
     """Question by question, on the questions both were asked; a mean over tasks that all were asked."""
     def model(rte: dict[int, float], lambada: dict[int, float]) -> dict:
         rows = {"rte": {"acc": rte}, "lambada_openai": {"perplexity": lambada}, "copa": {}}
-        return {name: benchmarks.Result({metric: benchmarks.summarize(metric, {"": list(row.values())})[0] for metric, row in values.items()}, {},
-                                        benchmarks.Counter(), values=values) for name, values in rows.items()}
+        return {name: numbers.Result({metric: numbers.summarize(metric, {"": list(row.values())})[0] for metric, row in values.items()}, {},
+                                        Counter(), values=values) for name, values in rows.items()}
     results = {"sft": model({0: 1.0, 1: 0.0, 2: 0.0, 3: 0.0}, {0: -1.0, 1: -2.0}), "ppo": model({1: 1.0, 2: 0.0, 3: 0.0}, {0: -0.5, 1: -1.0})}
-    changed = benchmarks.changes(results)
+    changed = numbers.changes(results)
     rte = changed["rte"]["acc"]  # +1, 0, 0, and by Agresti and Min half a win, half a loss, one tie
     middle, half = 1 / 5, 1.959964 * math.sqrt((2 / 5 - 1 / 25) / 5)
     assert rte == pytest.approx((1 / 3, middle - half, middle + half, 3))
     perplexity = changed["lambada_openai"]["perplexity"]  # from exp(1.5) to exp(0.75); log-likelihoods rise by 0.5 and by 1
     half = 1.959964 * 0.25 / math.sqrt(2)
     assert perplexity == pytest.approx((math.exp(0.75) - math.exp(1.5), *(math.exp(1.5) * (math.exp(-0.75 + s * half) - 1) for s in (-1, 1)), 2))
-    assert changed["copa"] == {} and benchmarks.changes({"sft": results["sft"]}) == {}
-    assert benchmarks.group_change(["rte"], results)[:3] == pytest.approx(rte[:3])
-    results["base"] = {name: benchmarks.Result({}, {}, benchmarks.Counter()) for name in results["sft"]}
-    assert benchmarks.members("all", {name: {**dict.fromkeys(GROUPS["all"], results["base"]["copa"]), **one} for name, one in results.items()}) == []
+    assert changed["copa"] == {} and numbers.changes({"sft": results["sft"]}) == {}
+    assert numbers.group_change(["rte"], results)[:3] == pytest.approx(rte[:3])
+    results["base"] = {name: numbers.Result({}, {}, Counter()) for name in results["sft"]}
+    assert numbers.members("all", {name: {**dict.fromkeys(GROUPS["all"], results["base"]["copa"]), **one} for name, one in results.items()}) == []
 
 
 # ---------------------------------------------------------------------------------------------
@@ -388,7 +394,7 @@ def test_official_solutions_pass_and_the_official_smoke_file_scores_one_half():
     folder = SHARED / "eval" / "humaneval"
     samples = read_jsonl(folder / "example_samples.jsonl")
     right = sandbox.check_all(programs(read_jsonl(folder / "example_problem.jsonl") * 6, [sample["completion"] for sample in samples]))
-    assert benchmarks.pass_at_k(len(samples), sum(right), 1) == 0.5
+    assert numbers.pass_at_k(len(samples), sum(right), 1) == 0.5
     rows = [json.loads(line) for line in (SHARED / "eval" / "mbpp" / "mbpp.jsonl").read_text().splitlines()]
     assert all(sandbox.check_all([f"{row['code']}\n{row['test_setup_code']}\n" + "\n".join(row["test_list"]) for row in rows]))
 

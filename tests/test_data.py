@@ -10,7 +10,9 @@ import sentencepiece
 import torch
 
 import data
-from data import Dialogue, Message, Prompt, Ranking, Tokenizer
+from formats.records import Dialogue, Message, Prompt, Ranking
+from data import Tokenizer
+from formats import reading
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 SENTENCES = [
@@ -167,38 +169,38 @@ COMPARISONS = {
 @pytest.mark.parametrize("row, messages", DEMONSTRATIONS.values(), ids=DEMONSTRATIONS)
 def test_demonstrations(write, row, messages):
     path = write(row)
-    assert data.read_dialogues([path])[0] == [Dialogue(messages, f"{path}:1")]
-    assert data.read_prompts([path])[0] == [Prompt(messages[:-1], f"{path}:1", messages[-1].content)]
+    assert reading.read_dialogues([path])[0] == [Dialogue(messages, f"{path}:1")]
+    assert reading.read_prompts([path])[0] == [Prompt(messages[:-1], f"{path}:1", messages[-1].content)]
     with pytest.raises(ValueError, match="nothing is compared"):
-        data.read_rankings([path])
+        reading.read_rankings([path])
 
 
 @pytest.mark.parametrize("row, messages, responses, ranks", COMPARISONS.values(), ids=COMPARISONS)
 def test_comparisons(write, row, messages, responses, ranks):
     path = write(row)
-    assert data.read_rankings([path])[0] == [Ranking(messages, responses, ranks, f"{path}:1")]
-    assert data.read_prompts([path])[0] == [Prompt(messages, f"{path}:1", None)]
+    assert reading.read_rankings([path])[0] == [Ranking(messages, responses, ranks, f"{path}:1")]
+    assert reading.read_prompts([path])[0] == [Prompt(messages, f"{path}:1", None)]
     with pytest.raises(ValueError, match="a comparison, not a demonstration"):
-        data.read_dialogues([path])
+        reading.read_dialogues([path])
 
 
 @pytest.mark.parametrize("row", [{"prompt": "Q"}, {"instruction": "Q"}, {"messages": CHAT[:1]}, {"question": "Q"}, {"prompt": CHAT[:1]}])
 def test_prompts_alone(write, row):
-    assert data.read_prompts(write(row))[0][0].messages == (user("Q"),)
+    assert reading.read_prompts(write(row))[0][0].messages == (user("Q"),)
     with pytest.raises(ValueError, match="no answer to learn from"):
-        data.read_dialogues(write(row))
+        reading.read_dialogues(write(row))
 
 
 def test_a_sample_is_no_reference_answer(write):
     for row in ({"prompt": "Q", "responses": ["A"], "ranks": [1]}, {"instruction": "Q", "output": ["A", "B"]}):
-        assert data.read_prompts(write(row))[0][0].answer is None
+        assert reading.read_prompts(write(row))[0][0].answer is None
 
 
 def test_records_survive_being_written_and_read(write):
-    prompt = data.read_prompts(write({"chosen": HH + " A", "rejected": HH + " B"}))[0][0]
-    assert data.read_prompts(write({"messages": asdict(prompt)["messages"]}))[0][0].messages == prompt.messages
+    prompt = reading.read_prompts(write({"chosen": HH + " A", "rejected": HH + " B"}))[0][0]
+    assert reading.read_prompts(write({"messages": asdict(prompt)["messages"]}))[0][0].messages == prompt.messages
     for ending in ("", "  "):  # trailing spaces would move the border into the response's first word
-        assert data.read_prompts(write({"prompt": prompt.messages[0].content + ending}))[0][0].messages == prompt.messages
+        assert reading.read_prompts(write({"prompt": prompt.messages[0].content + ending}))[0][0].messages == prompt.messages
 
 
 # ---------------------------------------------------------------------------------------------
@@ -218,7 +220,7 @@ def alpaca(n: int) -> dict:
 @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows"])
 def test_container_is_known_by_its_content(write, content, sources, name):
     path = write(content, name=name)
-    records, report = data.read_dialogues([path])
+    records, report = reading.read_dialogues([path])
     assert [record.source for record in records] == [f"{path}:{source}" for source in sources]
     assert [record.messages[0].content for record in records] == ["Q1", "Q2"]
     assert str(report) == "kept 2 of 2"
@@ -226,7 +228,7 @@ def test_container_is_known_by_its_content(write, content, sources, name):
 
 def test_unicode_line_separators_do_not_end_a_row(write):
     row = {"prompt": "a\u2028b\x85c\x0bd", "response": "\x00"}
-    assert data.read_dialogues(write(json.dumps(row, ensure_ascii=False).encode()))[0][0].messages == (user(row["prompt"]), assistant("\x00"))
+    assert reading.read_dialogues(write(json.dumps(row, ensure_ascii=False).encode()))[0][0].messages == (user(row["prompt"]), assistant("\x00"))
 
 
 BAD_ROWS = {
@@ -298,13 +300,13 @@ def assert_stops_at_the_row(reader, path, match):
 
 @pytest.mark.parametrize("row, match", BAD_ROWS.values(), ids=BAD_ROWS)
 def test_bad_demonstrations(write, row, match):
-    assert_stops_at_the_row(data.read_dialogues, write(alpaca(1), row, alpaca(3)), match)
+    assert_stops_at_the_row(reading.read_dialogues, write(alpaca(1), row, alpaca(3)), match)
 
 
 @pytest.mark.parametrize("row, match", BAD_COMPARISONS.values(), ids=BAD_COMPARISONS)
 def test_bad_comparisons(write, row, match):
     pair = {"prompt": "Q", "chosen": "A", "rejected": "B"}
-    assert_stops_at_the_row(data.read_rankings, write(pair, row, {**pair, "prompt": "R"}), match)
+    assert_stops_at_the_row(reading.read_rankings, write(pair, row, {**pair, "prompt": "R"}), match)
 
 
 @pytest.mark.parametrize("row, reason", [
@@ -319,13 +321,13 @@ def test_bad_comparisons(write, row, match):
      "not annotated (a completion without score)"),
 ])
 def test_uninformative_comparisons_are_skipped_and_counted(write, row, reason):
-    records, report = data.read_rankings(write(row, row, {"prompt": "Q", "chosen": "A", "rejected": "B"}))
+    records, report = reading.read_rankings(write(row, row, {"prompt": "Q", "chosen": "A", "rejected": "B"}))
     assert len(records) == report.kept == 1 and report.skipped == {reason: 2}
 
 
 def test_undesirable_demonstrations_are_not_learned_but_their_prompts_serve(write):
     path = write({"messages": CHAT, "label": False}, {"messages": CHAT, "label": True})
-    assert len(data.read_dialogues(path)[0]) == 1 and len(data.read_prompts(path)[0]) == 2
+    assert len(reading.read_dialogues(path)[0]) == 1 and len(reading.read_prompts(path)[0]) == 2
 
 
 def test_report_is_one_line_with_first_sources(write):
@@ -333,11 +335,11 @@ def test_report_is_one_line_with_first_sources(write):
     path = write(pair, b"{", pair, {"prompt": "Q", "chosen": "A", "rejected": "A"}, b"nothing",
                  {"prompt": "Is [INST] a mark?", "chosen": "A", "rejected": "B"},
                  {"prompt": CHAT[:1], "chosen": "ASSISTANT: A", "rejected": "B"})
-    _, report = data.read_rankings([path], skip_bad=True)
+    _, report = reading.read_rankings([path], skip_bad=True)
     assert str(report) == (f"kept 4 of 7; skipped 2 broken JSON (first {path}:2), 1 responses are equal (first {path}:4); "
                            f"noted 2 with an empty response (first {path}:1), "
                            f"1 already in a template, left as they are (first {path}:6), 1 exact duplicates (first {path}:3)")
-    _, report = data.read_dialogues(write({"messages": [{"role": "user", "content": "[INST]"}, CHAT[1]]}))
+    _, report = reading.read_dialogues(write({"messages": [{"role": "user", "content": "[INST]"}, CHAT[1]]}))
     assert report.noted == {"with a template's marks in the text": 1}
 
 
@@ -348,26 +350,26 @@ def test_files_that_give_nothing(write, tmp_path):
                            (b'[\n\n"\xff"]', ":3: broken JSON array"), (gzip.compress(b"{}")[:-9], "damaged gzip")]:
         path = write(content)
         with pytest.raises(ValueError, match=match) as error:
-            data.read_dialogues([path], skip_bad=True)
+            reading.read_dialogues([path], skip_bad=True)
         assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
     with pytest.raises(ValueError, match="No such file"):
-        data.read_prompts([tmp_path / "nowhere"])
+        reading.read_prompts([tmp_path / "nowhere"])
     with pytest.raises(ValueError, match="Is a directory"):
-        data.read_prompts([tmp_path])
+        reading.read_prompts([tmp_path])
 
 
 def test_several_files_come_in_order_and_each_must_give_rows(write):
     a, b, c = write(alpaca(1), name="a"), write(alpaca(2), alpaca(1), b"x", name="b"), write(b"x", name="c")
-    records, report = data.read_dialogues([b, a], skip_bad=True)
+    records, report = reading.read_dialogues([b, a], skip_bad=True)
     assert [record.source for record in records] == [f"{b}:1", f"{b}:2", f"{a}:1"]
     assert str(report) == f"kept 3 of 4; skipped 1 broken JSON (first {b}:3); noted 1 exact duplicates (first {a}:1)"
     with pytest.raises(ValueError, match="c: 0 usable rows of 1 "):
-        data.read_dialogues([a, c], skip_bad=True)
+        reading.read_dialogues([a, c], skip_bad=True)
 
 
 def test_a_broken_row_of_an_array_is_only_that_row(write):
     path = write(b'[{"instruction": "Q", "output": "A"}, 3, {"instruction": "Q", "instruction": "R"}, {"instruction": "Q", "output": "\\ud800"}]')
-    records, report = data.read_dialogues([path], skip_bad=True)
+    records, report = reading.read_dialogues([path], skip_bad=True)
     assert [record.source for record in records] == [f"{path}:row 1"]
     assert report.first == {"not a JSON object": f"{path}:row 2", "duplicate key": f"{path}:row 3", "lone surrogate escape in a string": f"{path}:row 4"}
 
@@ -604,7 +606,7 @@ def test_real_llama2_worked_example(llama):
 
 
 def test_real_alpaca_rows_have_a_clean_border(llama):
-    records, _ = data.read_dialogues([shared("sft/alpaca_en_demo.json"), shared("sft/alpaca_zh_demo.json")])
+    records, _ = reading.read_dialogues([shared("sft/alpaca_en_demo.json"), shared("sft/alpaca_zh_demo.json")])
     for record in records:
         question, answer = (message.content for message in record.messages)
         text = (ALPACA_INPUT if "\n\n### Input:\n" in question else ALPACA) + question + "\n\n### Response:\n"
@@ -625,7 +627,7 @@ def test_real_alpaca_rows_have_a_clean_border(llama):
     ("ranked/alpaca_eval_ranked.jsonl", 298, {"all tied": 2}),
 ])
 def test_real_comparisons(name, kept, skipped):
-    records, report = data.read_rankings([shared(name)])
+    records, report = reading.read_rankings([shared(name)])
     assert len(records) == report.kept == kept and report.skipped == skipped
     if "hh" in name:
         assert report.noted["with an empty response"] == 4 and report.noted["already in a template, left as they are"] == 1723
@@ -637,14 +639,14 @@ def test_real_comparisons(name, kept, skipped):
     ("eval/gsm8k/train.jsonl", 400), ("preference/truthfulqa_finetune_truth.jsonl", 4194),
 ])
 def test_real_demonstrations(llama, name, kept):
-    records, report = data.read_dialogues([shared(name)])
+    records, report = reading.read_dialogues([shared(name)])
     assert len(records) == report.kept == kept
     examples, report = data.encode_sft(records, llama, "vicuna", 512)
     assert report.longest <= 512 and report.kept == len(examples) > 0.7 * kept
 
 
-MANIFEST_READERS = {"alpaca": data.read_dialogues, "top_level": data.read_dialogues, "messages": data.read_dialogues,
-                    "preference": data.read_rankings, "ranked": data.read_rankings}
+MANIFEST_READERS = {"alpaca": reading.read_dialogues, "top_level": reading.read_dialogues, "messages": reading.read_dialogues,
+                    "preference": reading.read_rankings, "ranked": reading.read_rankings}
 # What the manifest leaves to judgement: an empty choice, strings after a message list, text parts and ranks from 0 are
 # kept; booleans, contradictions and answers that differ in whitespace only are not.
 JUDGED_GOOD = {"preference.jsonl": [4, 9], "messages.jsonl": [2], "ranked.jsonl": [7]}
@@ -676,21 +678,21 @@ def test_real_malformed_files():
     for name, message in {"alpaca_array_truncated.json": "broken JSON array", "empty.jsonl": "0 usable rows", "only_newlines.jsonl": "0 usable rows",
                           "utf16.jsonl": "UTF-16", "duplicate_keys.jsonl": "duplicate key"}.items():
         with pytest.raises(ValueError, match=message):
-            data.read_dialogues([folder / name], skip_bad=True)
-    assert len(data.read_dialogues([folder / "array_named_jsonl.jsonl", folder / "jsonl_named_json.json"])[0]) == 12
-    records, _ = data.read_dialogues([folder / "sharegpt_roles.json"], skip_bad=True)
+            reading.read_dialogues([folder / name], skip_bad=True)
+    assert len(reading.read_dialogues([folder / "array_named_jsonl.jsonl", folder / "jsonl_named_json.json"])[0]) == 12
+    records, _ = reading.read_dialogues([folder / "sharegpt_roles.json"], skip_bad=True)
     rows = json.loads((folder / "sharegpt_roles.json").read_text())
     assert [rows[int(record.source.split()[-1]) - 1]["id"] for record in records] == ["ok", "user_assistant_tags", "system_first"]
-    records, report = data.read_rankings([folder / "hh_real_empty_chosen.jsonl"])
+    records, report = reading.read_rankings([folder / "hh_real_empty_chosen.jsonl"])
     assert len(records) == report.noted["with an empty response"] == 4 and all(record.responses[0] == "" for record in records)
     with pytest.raises(ValueError, match="0 usable rows of 5 .5 prompts of chosen and rejected differ"):
-        data.read_rankings([folder / "hh_real_prompt_mismatch.jsonl"])
-    records, report = data.read_rankings([folder / "hh_real_nonalternating.jsonl"])
+        reading.read_rankings([folder / "hh_real_prompt_mismatch.jsonl"])
+    records, report = reading.read_rankings([folder / "hh_real_nonalternating.jsonl"])
     assert len(records) + report.skipped["prompts of chosen and rejected differ"] == 8 and len(records) == 4
 
 
 def test_real_long_rows(llama):
-    records, _ = data.read_dialogues([shared("malformed/long.jsonl")])
+    records, _ = reading.read_dialogues([shared("malformed/long.jsonl")])
     examples, report = data.encode_sft(records, llama, "alpaca", 2048)
     assert all(len(example.tokens) <= 2048 and example.tokens[-1] == llama.eos_id and any(example.response_mask) for example in examples)
     assert report.kept == report.noted["prompt cut to fit 2048 tokens"] == 1 and report.skipped.total() == 3

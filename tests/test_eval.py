@@ -12,15 +12,21 @@ from pathlib import Path
 import pytest
 import torch
 
-import chat
-import compare
 import data
 import eval as evaluation
 import golden
 import microcosm
-from compare import Pair, change_interval, contest, length_controlled, prefer, read_judgments, share_interval, to_judge, write_page
+from evaluation.head_to_head import Pair, read_judgments, to_judge, write_page
+from evaluation.statistics import change_interval, contest, length_controlled, prefer, share_interval
 from data import Tokenizer
-from model import ScalarModel, generate, last_scores, load_pretrained
+from model import ScalarModel, generate, last_scores
+from weights.loading import load_pretrained
+from evaluation import head_to_head
+from evaluation import report
+from evaluation import speaking
+from evaluation import statistics
+from formats import reading
+from formats import records
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -208,7 +214,7 @@ def test_real_judgments_against_a_plain_count(name):
 
 def test_calibration_by_hand():
     """Four prompts; margins 0.2, -0.2, 1.5, 5 and a tie of scores."""
-    numbers = evaluation.calibration([[0.2, -0.2], [1.5], [5.0], [0.0]])
+    numbers = statistics.calibration([[0.2, -0.2], [1.5], [5.0], [0.0]])
     assert (numbers["pairs"], numbers["prompts"], numbers["accuracy"]) == (5, 4, 3.5 / 5)
     small, middle, large = numbers["rows"]
     assert (small["from"], small["to"], small["pairs"], small["prompts"], small["actual"]) == (0.0, 0.5, 3, 2, 0.5)
@@ -223,7 +229,7 @@ def test_calibration_by_hand():
 def test_a_judge_that_knows_its_odds_is_calibrated():
     rng = random.Random(0)
     margins = [rng.uniform(0, 5) for _ in range(20_000)]
-    numbers = evaluation.calibration([[m if rng.random() < 1 / (1 + math.exp(-m)) else -m] for m in margins])
+    numbers = statistics.calibration([[m if rng.random() < 1 / (1 + math.exp(-m)) else -m] for m in margins])
     assert numbers["error"] < 0.01 and all(row["interval"][0] - 0.01 <= row["predicted"] <= row["interval"][1] + 0.01 for row in numbers["rows"])
 
 
@@ -283,20 +289,20 @@ def test_report_of_a_run(finished):
 def test_report_without_matplotlib_asks_for_it(finished, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     results = json.loads((finished[0] / "eval.json").read_text())
-    assert "pip install matplotlib" in evaluation.write_report(tmp_path, results, [])
+    assert "pip install matplotlib" in report.write_report(tmp_path, results, [])
     assert "pip install matplotlib" in (tmp_path / "report.md").read_text() and len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.parametrize("interval,is_noise", [((-0.1, 0.2), True), ((0.01, 0.2), False), ((-0.2, -0.01), False), ((0.0, 0.1), True)])
 def test_noise_is_what_might_be_nothing(interval, is_noise):
-    line = evaluation.table_row("x", [0.5, 0.55], {"change": 0.05, "interval": interval})
+    line = report.table_row("x", [0.5, 0.55], {"change": 0.05, "interval": interval})
     assert line.endswith("noise") == is_noise and "+5.0" in line
 
 
 def test_table_of_one_model(finished):
     results = json.loads((finished[0] / "eval.json").read_text())
     del results["models"]["ppo"]
-    assert "change" not in evaluation.table({**results, "changes": {}, "head_to_head": {}})
+    assert "change" not in report.table({**results, "changes": {}, "head_to_head": {}})
 
 
 # ---------------------------------------------------------------------------------------------
@@ -308,7 +314,7 @@ def test_compare_by_the_rubric_agrees_with_the_run(finished, tmp_path, capsys):
     command("compare", str(out / "ppo"), str(out / "sft"), f"--page={page}")
     expected = json.loads((out / "eval.json").read_text())["head_to_head"]["ppo_vs_sft"]
     line, = [line for line in capsys.readouterr().out.splitlines() if line.startswith("in-domain (n=20)")]
-    assert all(compare.with_interval(name, expected) in line for name in ("win", "tie", "loss"))
+    assert all(head_to_head.with_interval(name, expected) in line for name in ("win", "tie", "loss"))
     items = microcosm.items("eval", 20, 0, 1.0)
     assert all(item.prompt in page.read_text() for item in items) and page.read_text().count("<section>") == 44
 
@@ -341,20 +347,20 @@ def test_compare_by_people(finished, tmp_path, capsys):
 
 
 def test_answers_do_not_depend_on_the_batch(finished):
-    speaker = chat.load(finished[0] / "ppo", {})
-    prompts = chat.encode(speaker, [data.Prompt((data.Message("user", item.prompt),), item.task) for item in microcosm.items("eval", 7, 5)])
+    speaker = speaking.load(finished[0] / "ppo", {})
+    prompts = speaking.encode(speaker, [records.Prompt((records.Message("user", item.prompt),), item.task) for item in microcosm.items("eval", 7, 5)])
     small = replace(speaker, settings={"ppo.generation_batch": 4})
-    assert list(chat.answers(small, prompts, 1.0, seed=2, n=2)) == list(chat.answers(speaker, prompts, 1.0, seed=2, n=2))
+    assert list(speaking.answers(small, prompts, 1.0, seed=2, n=2)) == list(speaking.answers(speaker, prompts, 1.0, seed=2, n=2))
 
 
 def test_an_answer_cut_off_is_judged_without_an_eos(finished):
-    judge = chat.load(finished[0] / "reward", {}, ScalarModel)
-    record = data.Prompt((data.Message("user", "Copy: cat dog"),), "")
+    judge = speaking.load(finished[0] / "reward", {}, ScalarModel)
+    record = records.Prompt((records.Message("user", "Copy: cat dog"),), "")
     prompt, response = data.encode_prompt(judge.tokenizer, record.messages, "plain"), data.encode_response(judge.tokenizer, "cat dog", "plain")
-    scores = chat.judged(judge, [record] * 2, [chat.Answer("cat dog", True), chat.Answer("cat dog", False)])
-    assert scores == pytest.approx(chat.calibrated(judge, [prompt + response, prompt + response[:-1]])) and scores[0] != scores[1]
+    scores = speaking.judged(judge, [record] * 2, [speaking.Answer("cat dog", True), speaking.Answer("cat dog", False)])
+    assert scores == pytest.approx(speaking.calibrated(judge, [prompt + response, prompt + response[:-1]])) and scores[0] != scores[1]
     with pytest.raises(ValueError, match="the context of the judge"):
-        chat.judged(judge, [record], [chat.Answer("cat " * 200, True)])
+        speaking.judged(judge, [record], [speaking.Answer("cat " * 200, True)])
 
 
 def test_page_shows_text_as_text(tmp_path):
@@ -376,7 +382,7 @@ def talk(monkeypatch, capsys, folder: Path, lines: list[str], *flags: str) -> tu
 def expected(folder: Path, dialogue: list[str], turn: int, temperature: float = 0.0, seed: int = 0) -> tuple[str, float]:
     """Return the answer and its score, by generate and one forward of the reward model; dialogue: user, assistant, user, ..."""
     tokenizer, model, judge = Tokenizer(folder), load_pretrained(folder), load_pretrained(folder.parent / "reward", kind=ScalarModel)
-    messages = tuple(data.Message(("user", "assistant")[i % 2], text) for i, text in enumerate(dialogue))
+    messages = tuple(records.Message(("user", "assistant")[i % 2], text) for i, text in enumerate(dialogue))
     prompt = data.encode_prompt(tokenizer, messages, "plain")
     ids = generate(model, [prompt], 12, temperature, eos_id=tokenizer.eos_id, seed=seed, rows=[turn]).tokens[0]
     config = json.loads((folder.parent / "reward" / "config.json").read_text())
@@ -398,14 +404,14 @@ def test_chat_says_what_generate_says(finished, monkeypatch, capsys, temperature
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(finished, monkeypatch, capsys, request):
-    folder, stream = finished[0] / "ppo", chat.stream
+    folder, stream = finished[0] / "ppo", speaking.stream
 
     def interrupted(*args, **kwargs):
         for i, token in enumerate(stream(*args, **kwargs)):
             if i == 2 and kwargs["row"] == 0:
                 signal.raise_signal(signal.SIGINT)
             yield token
-    monkeypatch.setattr(chat, "stream", interrupted)
+    monkeypatch.setattr(speaking, "stream", interrupted)
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start what runs in the background with SIGINT ignored
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, handler))
     out, _ = talk(monkeypatch, capsys, folder, ["Review: Buy our new beer.", "/reset", "Copy: cat dog"], "--temperature=0")
@@ -427,10 +433,10 @@ def test_a_character_of_several_tokens_is_shown_whole():
         def decode(self, ids):
             return bytes(ids).decode(errors="replace")
     text = "né 😀 漢 \ufffd"
-    shown = list(chat.pieces(Bytes(), iter(text.encode()), []))
+    shown = list(speaking.pieces(Bytes(), iter(text.encode()), []))
     assert "".join(shown) == text and "\ufffd" not in "".join(shown[:-1]) and "😀" in shown
-    assert "".join(chat.pieces(Bytes(), iter(b"a\xff\xffb\xf0\x9f"), [])) == "a\ufffd\ufffdb\ufffd"
-    assert "".join(chat.pieces(Bytes(), iter(()), [])) == ""
+    assert "".join(speaking.pieces(Bytes(), iter(b"a\xff\xffb\xf0\x9f"), [])) == "a\ufffd\ufffdb\ufffd"
+    assert "".join(speaking.pieces(Bytes(), iter(()), [])) == ""
 
 
 @real_data
@@ -438,7 +444,7 @@ def test_pieces_of_llamas_tokenizer():
     tokenizer = Tokenizer(SHARED / "tokenizer")
     for text in ("Hello  world\n\n 😀 it is 漢字 né", " leading", "", "\n"):
         ids = [*tokenizer.encode(text), tokenizer.eos_id]
-        assert "".join(chat.pieces(tokenizer, iter(ids), [])) == tokenizer.decode(ids)
+        assert "".join(speaking.pieces(tokenizer, iter(ids), [])) == tokenizer.decode(ids)
 
 
 def test_generate_writes_what_people_can_rank(finished, tmp_path, capsys):
@@ -449,13 +455,13 @@ def test_generate_writes_what_people_can_rank(finished, tmp_path, capsys):
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["prompt"] for row in rows] == ["Copy: cat dog", dialogue] and all(row["ranks"] is None for row in rows)
     tokenizer, model = Tokenizer(folder), load_pretrained(folder)
-    records, _ = data.read_prompts([prompts])
+    records, _ = reading.read_prompts([prompts])
     for i, (row, record) in enumerate(zip(rows, records)):
         prompt = data.encode_prompt(tokenizer, record.messages, "plain")
         drawn = generate(model, [prompt] * 5, 12, 1.0, eos_id=tokenizer.eos_id, seed=3, rows=range(5 * i, 5 * i + 5)).tokens
         assert row["responses"] == [tokenizer.decode(ids) for ids in drawn]
     ranks = [[1 + sorted(set(row["responses"])).index(text) for text in row["responses"]] for row in rows]
-    ranked, _ = data.read_rankings([write(tmp_path / "r.jsonl", [{**row, "ranks": order} for row, order in zip(rows, ranks)])])
+    ranked, _ = reading.read_rankings([write(tmp_path / "r.jsonl", [{**row, "ranks": order} for row, order in zip(rows, ranks)])])
     assert [record.messages for record in ranked] == [record.messages for record in records]
 
 
@@ -506,10 +512,10 @@ def test_a_folder_in_no_run_needs_a_template(finished, tmp_path):
         (tmp_path / "alone" / file.name).write_bytes(file.read_bytes())
     flags = {"data.template": None, "data.max_response_tokens": None}
     with pytest.raises(ValueError, match="give --data.template=alpaca|llama2|vicuna|plain"):
-        chat.load(tmp_path / "alone", flags)
+        speaking.load(tmp_path / "alone", flags)
     with pytest.raises(ValueError, match="--data.max_response_tokens=128 leaves no room"):
-        chat.load(tmp_path / "alone", {"data.template": "plain", "data.max_response_tokens": 128})
-    assert chat.load(tmp_path / "alone", {**flags, "data.template": "plain"}).data.max_response_tokens == 64
-    speaker = chat.load(tmp_path / "alone", {"data.template": "vicuna", "data.max_response_tokens": 28})
+        speaking.load(tmp_path / "alone", {"data.template": "plain", "data.max_response_tokens": 128})
+    assert speaking.load(tmp_path / "alone", {**flags, "data.template": "plain"}).data.max_response_tokens == 64
+    speaker = speaking.load(tmp_path / "alone", {"data.template": "vicuna", "data.max_response_tokens": 28})
     assert (speaker.data.template, speaker.data.max_prompt_tokens, speaker.is_world) == ("vicuna", 100, False)
-    assert chat.load(finished[0] / "ppo", flags).is_world
+    assert speaking.load(finished[0] / "ppo", flags).is_world

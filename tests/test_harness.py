@@ -10,12 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-import benchmarks
-from benchmarks import Engine, encode_question, evaluate, read_questions
+from benchmarks.engine import Engine
+from benchmarks.questions import encode_question, read_questions
+from benchmarks.numbers import evaluate
 from data import Tokenizer
-from model import ModelConfig, Transformer, init_weights, load_pretrained, save_pretrained
+from model import ModelConfig, Transformer, init_weights
+from weights.loading import load_pretrained
+from weights.export import save_pretrained
 from parallel import Machine
-from tasks import TASKS
+from benchmarks.tasks import TASKS
+from benchmarks import numbers
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 if not SHARED.is_dir():
@@ -118,7 +122,7 @@ def test_harness_and_this_code_agree(tmp_path, monkeypatch):
     for name in FILES:
         task, questions = RECORDS[name], read_questions(name, RECORDS[name], tmp_path, None, 0)
         asked = [encode_question(question, task, engine.tokenizer, engine.context_size) for question in questions]
-        given = benchmarks.answer_questions(name, task, questions, asked, engine)
+        given = numbers.answer_questions(name, task, questions, asked, engine)
         samples = sorted(theirs["samples"][name], key=lambda sample: sample["doc_id"])
         seen = {sample["doc_id"]: sample for sample in samples}
         assert len(seen) == len(questions)

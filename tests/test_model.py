@@ -5,8 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from model import (RMSNorm, Transformer, choose, filter_logits, generate, init_weights, last_scores, rope_table, rotate, token_logprobs,
-                   token_logprobs_and_entropy, token_values)
+from model import RMSNorm, Transformer, choose, filter_logits, generate, init_weights, last_scores, rope_table, rotate, token_logprobs, token_logprobs_and_entropy, token_values
 
 PROMPTS = [[1, 5, 9], [1], [1, 7, 7, 7, 30, 2, 8]]
 

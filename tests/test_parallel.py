@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model import read_safetensors
+from weights.files import read_safetensors
 
 SCRIPT = Path(__file__).with_name("ranks.py")
 

@@ -8,23 +8,23 @@ import pytest
 import torch
 
 import parallel
-import plan
 import ppo
 import reward
 import sft
-import train
 from model import ModelConfig, ScalarModel, Transformer
+from run import settings
+from run import planner
 
 ROOT = Path(__file__).parents[1]
 SHAPE = ModelConfig(dim=128, n_layers=4, n_heads=4, n_kv_heads=2, vocab_size=900, ffn_dim=352, max_seq_len=256)
 PROMPT, RESPONSE = 60, 68
 
 
-def planner(**flags) -> plan.Planner:
+def tiny_planner(**flags) -> planner.Planner:
     """Return a planner for one process in float32 with full-length micro-batches of three."""
     values = {"ranks": 1, "dtype": "float32", "data.max_prompt_tokens": PROMPT, "data.max_response_tokens": RESPONSE, "sft.microbatch_size": 3,
               "reward.microbatch_size": 1, "reward.temperatures": (1.0, 1.0, 1.0), "ppo.microbatch_size": 3, **flags}
-    return plan.Planner(train.unflatten(values), SHAPE, SHAPE)
+    return planner.Planner(settings.unflatten(values), SHAPE, SHAPE)
 
 
 def peak_of(step) -> int:
@@ -63,7 +63,7 @@ def real_loss(stage: str):
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo update"])
 def test_plan_is_what_a_real_run_allocates(stage, recompute):
     """Activations and logits within 10 %; parameters, gradients and Adam's moments to the byte."""
-    planned = plan.STAGES[stage](planner(**{"parallel.activation_checkpointing": recompute}))
+    planned = planner.STAGES[stage](tiny_planner(**{"parallel.activation_checkpointing": recompute}))
     kind, loss = real_loss(stage)
     with torch.device("cpu"):
         model = kind(SHAPE)
@@ -84,17 +84,17 @@ def test_plan_is_what_a_real_run_allocates(stage, recompute):
 def test_a_few_blocks_foretell_many(monkeypatch, stage, flags):
     """Seven blocks, all simulated, and four and five of them carried on."""
     monkeypatch.setattr(parallel, "BLOCKWISE_ABOVE", 1_000)
-    config = train.unflatten({"data.max_prompt_tokens": PROMPT, "data.max_response_tokens": RESPONSE, "ppo.batch_size": 32, **flags})
+    config = settings.unflatten({"data.max_prompt_tokens": PROMPT, "data.max_response_tokens": RESPONSE, "ppo.batch_size": 32, **flags})
     shape = replace(SHAPE, n_layers=7)
-    few = plan.plan_stage(stage, config, shape, shape)
-    monkeypatch.setattr(plan, "FEW", 7)
-    assert sum(few) == pytest.approx(sum(plan.plan_stage(stage, config, shape, shape)), rel=0.01)
+    few = planner.plan_stage(stage, config, shape, shape)
+    monkeypatch.setattr(planner, "FEW", 7)
+    assert sum(few) == pytest.approx(sum(planner.plan_stage(stage, config, shape, shape)), rel=0.01)
 
 
 def test_shards_are_arithmetic():
     """Seven ranks: every parameter's rows are split, rounded up."""
-    with plan.fake_group(7):
-        planned = plan.Planner(train.unflatten({"ranks": 7}), SHAPE, SHAPE)
+    with planner.fake_group(7):
+        planned = planner.Planner(settings.unflatten({"ranks": 7}), SHAPE, SHAPE)
         with torch.device("meta"):
             expected = sum(-(-p.shape[0] // 7) * p[0].numel() * 4 for p in Transformer(SHAPE).parameters())
         assert planned.held(Transformer, SHAPE) == expected
@@ -113,9 +113,9 @@ def test_advice_fits_when_taken():
     done = command("--model=7b", "--ranks=4", "--gpu_memory=80")
     advice = [line.split("fits with ")[1].split() for line in done.stdout.splitlines() if "fits with" in line]
     assert advice and "does not fit" in done.stdout
-    config = train.parse_args(["--plan", "--model=7b", "--ranks=4", *advice[-1]])
-    parts = plan.plan_stage("ppo update", config, plan.SIZES["7b"], plan.SIZES["7b"])
-    assert sum(parts) <= 80e9 - plan.RESERVE
+    config = settings.parse_args(["--plan", "--model=7b", "--ranks=4", *advice[-1]])
+    parts = planner.plan_stage("ppo update", config, planner.SIZES["7b"], planner.SIZES["7b"])
+    assert sum(parts) <= 80e9 - planner.RESERVE
 
 
 @pytest.mark.parametrize("flags,message", [(["--model=9b"], "neither a model folder nor one of 7b, 13b, 34b, 70b"), (["--model=7b", "--ranks=0"], "--ranks=0"),

@@ -10,9 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
+import data
 import golden
+import parallel
 import train
-from model import ScalarModel, generate, load_pretrained, read_safetensors, save_pretrained
+from model import ScalarModel, generate
+from run import folder, settings, sources
+from weights.loading import load_pretrained
+from weights.files import read_safetensors
+from weights.export import save_pretrained
 
 ROOT = Path(__file__).parents[1]
 
@@ -90,9 +96,9 @@ def test_filters_are_warned_about(base, tmp_path, capsys):
 @pytest.mark.line(20)
 def test_scores_of_the_sft_model_have_mean_0_and_deviation_1(base):
     """Fresh samples of the SFT model, read one row at a time."""
-    config = train.parse_args([f"--base={base}", "--stages=eval"])
-    run = train.Run(config, train.Machine(0, 1, torch.device("cpu"), torch.float32), base, train.prepare_tokenizer(config, base))
-    prompts, scale = train.training_prompts(run)[:300], json.loads((base / "reward" / "config.json").read_text())
+    config = settings.parse_args([f"--base={base}", "--stages=eval"])
+    run = folder.Run(config, parallel.Machine(0, 1, torch.device("cpu"), torch.float32), base, folder.prepare_tokenizer(config, base))
+    prompts, scale = sources.training_prompts(run)[:300], json.loads((base / "reward" / "config.json").read_text())
     answers = generate(load_pretrained(base / "sft"), prompts, config.data.max_response_tokens, eos_id=run.tokenizer.eos_id, seed=999).tokens
     model = load_pretrained(base / "reward", kind=ScalarModel)
     with torch.no_grad():
@@ -111,7 +117,7 @@ def test_a_reward_model_ten_times_as_large_gives_the_same_run(base, tmp_path):
     with torch.no_grad():
         model.score.weight *= 10
     scale = json.loads((base / "reward" / "config.json").read_text())
-    run_tokenizer = train.Tokenizer(base / "tokenizer.model")
+    run_tokenizer = data.Tokenizer(base / "tokenizer.model")
     save_pretrained(model, other / "reward", run_tokenizer, None, {"score_mean": scale["score_mean"] * 10, "score_std": scale["score_std"] * 10})
     first, second = ppo(base, tmp_path / "a"), ppo(other, tmp_path / "b")
     for x, y in zip(first[0], second[0]):
@@ -138,7 +144,7 @@ def test_resume_restores_what_adapts(base, tmp_path, monkeypatch):
     """kl_coef, the running moments of the reward, the cursor into the demonstrations, the warm-up's count."""
     flags = ["--ppo.kl_target=0.05", "--ppo.kl_horizon=100", "--ppo.score_scale=running", "--ppo.ptx_coef=0.5", "--ppo.critic_warmup=1", "--ppo.iterations=4"]
     whole = ppo(base, tmp_path / "whole", *flags)
-    keep = train.keep
+    keep = folder.keep
 
     def killed(run, stage, step, *rest):
         keep(run, stage, step, *rest)

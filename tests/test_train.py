@@ -13,7 +13,11 @@ import torch
 
 import golden
 import train
-from model import Transformer, load_pretrained, save_pretrained
+from model import Transformer
+from weights.loading import load_pretrained
+from weights.export import save_pretrained
+from run import settings
+from run import folder
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,7 +49,7 @@ def test_another_seed_is_another_run(finished, tmp_path):
 @pytest.mark.parametrize("stage,step", [("sft", 24), ("reward", 4), ("ppo", 2)])
 def test_resume_is_exact(finished, tmp_path, monkeypatch, stage, step):
     """Killed right after a step, at a checkpoint or past it, a resumed run ends as the run that was never killed."""
-    keep = train.keep
+    keep = folder.keep
 
     def killed(run, name, number, *rest):
         keep(run, name, number, *rest)
@@ -77,7 +81,7 @@ def test_files_of_a_run(finished):
     results = json.loads((out / "eval.json").read_text())
     assert results["models"].keys() == {"base", "sft", "ppo"} and len(results["models"]["ppo"]["general"]["tasks"]) == 12
     assert results["head_to_head"]["ppo_vs_sft"].keys() >= {"win", "tie", "loss"} and results["reward_model"].keys() == {"accuracy", "in_domain", "general"}
-    assert results["seconds"].keys() == set(train.STAGES)
+    assert results["seconds"].keys() == set(settings.STAGES)
 
 
 def test_another_run_can_build_on_the_stages_of_this_one(finished, tmp_path):
@@ -107,23 +111,23 @@ def test_a_smaller_reward_model_gets_its_own_sft(finished, tmp_path):
 
 def test_flags_are_frozen():
     """Flags are an interface: whoever changes one changes flags.txt with it, and sees that scripts will break."""
-    now = [f"--{flag}={','.join(map(str, value)) if isinstance(value, tuple) else value}" for flag, value in train.flatten(train.Config()).items()]
-    now += [f"with --model: --{flag}={value}" for flag, value in train.PRETRAINED_DEFAULTS.items()]
+    now = [f"--{flag}={','.join(map(str, value)) if isinstance(value, tuple) else value}" for flag, value in settings.flatten(settings.Config()).items()]
+    now += [f"with --model: --{flag}={value}" for flag, value in settings.PRETRAINED_DEFAULTS.items()]
     assert now == Path(__file__).with_name("flags.txt").read_text().splitlines()
 
 
 def test_help_explains_every_flag():
-    lines = train.usage().splitlines()
-    for flag in train.flag_types():
+    lines = settings.usage().splitlines()
+    for flag in settings.flag_types():
         line, = [line for line in lines if line.strip().startswith(f"--{flag}=")]
         assert len(line.split(None, 1)) == 2 and re.search("[a-z]{4}", line.split(None, 1)[1]), f"--{flag} has no comment"
 
 
 def test_values_are_read_by_type():
-    config = train.parse_args(["--ppo.kl_coef=0.5", "--seed=7", "--reward.temperatures=0.5,1", "--data.skip_bad=True", "--stages=ppo,eval"])
+    config = settings.parse_args(["--ppo.kl_coef=0.5", "--seed=7", "--reward.temperatures=0.5,1", "--data.skip_bad=True", "--stages=ppo,eval"])
     assert (config.ppo.kl_coef, config.seed, config.reward.temperatures, config.data.skip_bad) == (0.5, 7, (0.5, 1.0), True)
     assert config.stages == ("ppo", "eval")
-    assert train.unflatten(train.flatten(config)) == config
+    assert settings.unflatten(settings.flatten(config)) == config
 
 
 @pytest.mark.parametrize("flags,message", [

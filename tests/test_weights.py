@@ -15,8 +15,12 @@ import torch
 
 import microcosm
 from data import Tokenizer
-from model import (ModelConfig, ScalarModel, Transformer, generate, init_weights, last_scores, load_pretrained, read_config,
-                   read_safetensors, read_weights, save_pretrained, write_safetensors)
+from model import ModelConfig, ScalarModel, Transformer, generate, init_weights, last_scores
+from weights.loading import load_pretrained
+from weights.layouts import read_config, read_weights
+from weights.files import read_safetensors, write_safetensors
+from weights.export import save_pretrained
+
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 ROOT = Path(__file__).parents[1]

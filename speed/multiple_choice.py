@@ -1,6 +1,6 @@
 """Speed of multiple choice: this code against lm-evaluation-harness with its Hugging Face backend, in one process.
 
-    python bench/multiple_choice.py FILE [--dim=512] [--layers=8]
+    python speed/multiple_choice.py FILE [--dim=512] [--layers=8]
 
 FILE is ARC in Hugging Face's fields, as JSON lines; its folder's parent is the data folder. Both programs score the same
 token ids with the same random weights in float32; reading and encoding are not timed. Each first finds its best batch size
@@ -19,11 +19,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import benchmarks
 from data import Tokenizer
-from model import ModelConfig, Transformer, init_weights, load_pretrained, save_pretrained
+from model import ModelConfig, Transformer, init_weights
 from parallel import Machine
-from tasks import TASKS
+from benchmarks import questions
+from benchmarks.engine import Engine
+from benchmarks.tasks import TASKS
+from weights import load_pretrained, save_pretrained
 
 SIZES = (4, 8, 16, 32)                   # requests per batch of the harness
 BATCH_TOKENS = (512, 1024, 2048, 4096)
@@ -53,24 +55,24 @@ def main() -> None:
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoModelForCausalLM, LlamaTokenizer
     tokenizer = Tokenizer(options.tokenizer)
-    parts = benchmarks.read_items(TASKS["arc_easy"], (options.file.name,), options.file.parent)
-    questions = [benchmarks.Question(item) for items in parts.values() for item in items]
-    requests = [benchmarks.encode_question(question, TASKS["arc_easy"], tokenizer, 10**6).requests for question in questions]
+    parts = questions.read_items(TASKS["arc_easy"], (options.file.name,), options.file.parent)
+    asked = [questions.Question(item) for items in parts.values() for item in items]
+    requests = [questions.encode_question(question, TASKS["arc_easy"], tokenizer, 10**6).requests for question in asked]
     with tempfile.TemporaryDirectory() as folder:
         model = Transformer(ModelConfig(options.dim, options.layers, options.dim // 64, options.dim // 64, tokenizer.vocab_size,
                                         options.dim * 11 // 4, 2048))
         init_weights(model, 0)
         save_pretrained(model, f"{folder}/model", tokenizer)
-        engine = benchmarks.Engine(load_pretrained(f"{folder}/model"), tokenizer, Machine(0, 1, torch.device("cpu"), torch.float32), 0)
+        engine = Engine(load_pretrained(f"{folder}/model"), tokenizer, Machine(0, 1, torch.device("cpu"), torch.float32), 0)
         theirs = HFLM(AutoModelForCausalLM.from_pretrained(f"{folder}/model", dtype=torch.float32), tokenizer=LlamaTokenizer.from_pretrained(f"{folder}/model"))
 
-    def harness(size: int, wanted: Sequence[Sequence[benchmarks.Request]] = requests[:64]) -> list[float]:
+    def harness(size: int, wanted: Sequence[Sequence[questions.Request]] = requests[:64]) -> list[float]:
         theirs.batch_size_per_gpu = size
         flat = [(("", str(i)), list(r.context), list(r.continuation)) for i, r in enumerate(r for group in wanted for r in group)]
         return [logprob for logprob, _ in theirs._loglikelihood_tokens(flat, disable_tqdm=True)]
 
-    def ours(batch_tokens: int, wanted: Sequence[Sequence[benchmarks.Request]] = requests[:64]) -> list[float]:
-        asked = benchmarks.Engine(engine.model, tokenizer, engine.machine, batch_tokens)
+    def ours(batch_tokens: int, wanted: Sequence[Sequence[questions.Request]] = requests[:64]) -> list[float]:
+        asked = Engine(engine.model, tokenizer, engine.machine, batch_tokens)
         return [logprob for group in asked.score(wanted, "ours") for logprob, _ in group]
     size, batch_tokens = best(SIZES, harness), best(BATCH_TOKENS, ours)
     harness_seconds, a = timed(lambda: harness(size, requests))

@@ -27,8 +27,10 @@ import parallel
 import ppo
 import reward
 import sft
-from model import ModelConfig, ScalarModel, Transformer, generation_steps, read_config
+from model import ModelConfig, ScalarModel, Transformer, generation_steps
 from parallel import Machine
+from run.settings import Config, reward_shape, world_shape
+from weights import read_config
 
 GIB = 2 ** 30
 RESERVE = 4 * GIB  # CUDA's context, NCCL's buffers, fragmentation: not simulated
@@ -311,3 +313,10 @@ def named_shape(name: str) -> ModelConfig:
     if not Path(name).is_dir():
         raise ValueError(f"--model={name}: neither a model folder nor one of {', '.join(SIZES)}")
     return read_config(name)
+
+
+def shapes(config: Config) -> tuple[ModelConfig, ModelConfig]:
+    """Return the shapes of the actor, and of reward model and critic, for --"""
+    if config.is_world:
+        return world_shape(config), reward_shape(config) or world_shape(config)
+    return named_shape(config.model.path), named_shape(config.reward.model or config.model.path)

@@ -1,6 +1,6 @@
 """How long ranks need to load a model of TinyLlama's shape, and how much memory each holds.
 
-    python bench/load.py [FOLDER [LAYERS [RANKS]]]
+    python speed/load.py [FOLDER [LAYERS [RANKS]]]
 
 writes a checkpoint of 22 layers (1.1 billion parameters, random, bfloat16, 5 files) into FOLDER unless it is there, and loads
 it with 2 ranks into float32. Memory is what the kernel says of each process in /proc/self/status, the interpreter and its
@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 
 import parallel
-from model import ModelConfig, Transformer, random_weights, read_config, read_weights, save_pretrained
+from model import ModelConfig, Transformer, random_weights
+from weights import read_config, read_weights, save_pretrained
 
 GB = 1e9
 

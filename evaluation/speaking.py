@@ -15,8 +15,13 @@ import torch
 from torch import nn
 
 import data
-from data import DataConfig, Message, Messages, Tokenizer
-from model import ScalarModel, Transformer, generate, last_scores, load_pretrained, read_config, read_json, stream
+import formats
+from data import DataConfig, Tokenizer, open_tokenizer
+from formats import Message, Messages
+from formats.files import read_json
+from formats.parsers import text_prompt
+from model import ScalarModel, Transformer, generate, last_scores, stream
+from weights import load_pretrained
 
 
 @dataclass(frozen=True)
@@ -43,17 +48,6 @@ class Answer(NamedTuple):
     finished: bool  # with an EOS, not cut off
 
 
-def open_tokenizer(path: Path) -> Tokenizer:
-    """Open a model folder's tokenizer; ValueError if it is no model folder, or the model has no embeddings for all of its pieces."""
-    if (path / "metrics.jsonl").exists():
-        raise ValueError(f"{path}: the folder of a run, not of a model: name one in it, such as {path / 'ppo'}")
-    shape, tokenizer = read_config(path), Tokenizer(path)
-    if tokenizer.vocab_size > shape.vocab_size:
-        raise ValueError(f"{path}: the tokenizer has {tokenizer.vocab_size} pieces, the model only {shape.vocab_size} embeddings: "
-                         "give it the tokenizer it was trained with, or resize it (transformers: resize_token_embeddings)")
-    return tokenizer
-
-
 def load(folder: str | Path, flags: Mapping[str, Any], kind: type[nn.Module] = Transformer) -> Speaker:
     """Load a model folder. flags: "data.template" and the like in place of the run's settings, where not None."""
     path = Path(folder)
@@ -73,17 +67,14 @@ def load(folder: str | Path, flags: Mapping[str, Any], kind: type[nn.Module] = T
     return Speaker(path, model, tokenizer, DataConfig(chosen["data.template"], context - length, length), settings)
 
 
-# ---------------------------------------------------------------------------------------------
-# Prompts to answers, answers to scores
-
-def read_prompts(files: Sequence[str], skip_bad: bool) -> list[data.Prompt]:
+def read_prompts(files: Sequence[str], skip_bad: bool) -> list[formats.Prompt]:
     """Read the prompts of files, and say what became of the rows."""
-    records, report = data.read_prompts(files, skip_bad)
+    records, report = formats.read_prompts(files, skip_bad)
     print(f"prompts: {report}", file=sys.stderr)
     return records
 
 
-def encode(speaker: Speaker, records: Sequence[data.Prompt]) -> list[list[int]]:
+def encode(speaker: Speaker, records: Sequence[formats.Prompt]) -> list[list[int]]:
     """Return the prompts' ids; ValueError names one that is too long to be answered."""
     encoded = [data.encode_prompt(speaker.tokenizer, record.messages, speaker.data.template) for record in records]
     for record, ids in zip(records, encoded):
@@ -121,7 +112,7 @@ def calibrated(judge: Speaker, rows: Sequence[list[int]]) -> list[float]:
             for score in score_rows(judge.model, rows, judge.settings.get("ppo.microbatch_size", 4))]
 
 
-def judged(judge: Speaker, records: Sequence[data.Prompt], given: Sequence[Answer]) -> list[float]:
+def judged(judge: Speaker, records: Sequence[formats.Prompt], given: Sequence[Answer]) -> list[float]:
     """Return the judge's calibrated score of an answer to each prompt; an answer cut off gets no EOS."""
     rows = []
     for record, answer in zip(records, given, strict=True):
@@ -138,15 +129,12 @@ def shown(messages: Messages) -> str:
     return messages[0].content if len(messages) == 1 else "\n\n".join(f"{message.role}: {message.content}" for message in messages)
 
 
-# ---------------------------------------------------------------------------------------------
-# The two commands
-
 def write_generations(folder: str, files: Sequence[str], n: int, temperature: float, seed: int, flags: Mapping[str, Any]) -> None:
     """Print a line of JSON with n answers per prompt, in the format people rank (--reward.data reads it once the ranks are filled in)."""
     records = read_prompts(files, flags["data.skip_bad"])
     speaker = load(folder, flags)
     for record, drawn in zip(records, answers(speaker, encode(speaker, records), temperature, seed, n)):
-        is_text = record.messages == (data.text_prompt(record.messages[0].content),)
+        is_text = record.messages == (text_prompt(record.messages[0].content),)
         prompt = record.messages[0].content if is_text else [vars(message) for message in record.messages]
         row = {"prompt": prompt, "responses": [answer.text for answer in drawn], "ranks": None}
         print(json.dumps(row, ensure_ascii=False), flush=True)

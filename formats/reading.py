@@ -1,0 +1,110 @@
+"""Examples to records: what each stage takes, and what is reported of the rest."""
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Callable, Iterator, Sequence
+
+from formats.parsers import TEMPLATE_MARKS, Example, parse_example
+from formats.records import BadRow, Dialogue, Message, Prompt, Ranking, Record, Report, Uninformative
+from formats.rows import parse_row, read_rows
+
+
+def to_dialogue(example: Example, source: str) -> Dialogue:
+    if example.flaw:
+        raise Uninformative(example.flaw)
+    if example.ranks is not None:
+        raise BadRow("a comparison, not a demonstration; it serves the reward model")
+    if not example.responses:
+        raise BadRow("no answer to learn from: no field has it, or the dialogue ends with the user")
+    if len(example.responses) > 1:
+        raise BadRow("several answers that nobody ranked; keep one")
+    if not example.responses[0].strip():
+        raise BadRow("empty answer")
+    return Dialogue((*example.prompt, Message("assistant", example.responses[0])), source)
+
+
+def to_ranking(example: Example, source: str) -> Ranking:
+    """Keep what a reward model can learn from: at least two different responses that are not all tied."""
+    if example.flaw:
+        raise Uninformative(example.flaw)
+    if example.ranks is None:
+        raise BadRow("nothing is compared: no 'chosen' and 'rejected', no 'ranks', no 'scores'")
+    texts = [text.strip() for text in example.responses]
+    if len(texts) < 2:
+        raise Uninformative("one response")
+    if len(set(example.ranks)) == 1:
+        raise Uninformative("all tied")
+    if len(set(texts)) == 1:
+        raise Uninformative("responses are equal")
+    if len(set(zip(texts, example.ranks))) > len(set(texts)):
+        raise BadRow("equal responses with different ranks")
+    return Ranking(example.prompt, example.responses, example.ranks, source)
+
+
+def to_prompt(example: Example, source: str) -> Prompt:
+    has_answer = example.ranks is None and len(example.responses) == 1
+    return Prompt(example.prompt, source, example.responses[0] if has_answer else None)
+
+
+def notes_on(record: Record) -> Iterator[str]:
+    """Yield what a reader of the report should know about a record that is kept."""
+    if record.messages[0].role == "raw":
+        yield "already in a template, left as they are"
+    elif any(mark in message.content for message in record.messages for mark in TEMPLATE_MARKS):
+        yield "with a template's marks in the text"
+    if isinstance(record, Ranking) and not all(text.strip() for text in record.responses):
+        yield "with an empty response"
+
+
+def read_file(path: str | Path, make: Callable[[Example, str], Record], skip_bad: bool) -> tuple[list[Any], Report]:
+    """Return a file's usable rows as records; ValueError for the first bad row (unless skip_bad) and if none is usable."""
+    records, report = [], Report()
+    for source, raw in read_rows(path):
+        try:
+            made = [make(example, source) for example in parse_example(parse_row(raw))]
+        except Uninformative as reason:
+            report.skip(str(reason), source)
+        except BadRow as fault:
+            if not skip_bad:
+                raise ValueError(f"{source}: {fault}; mend the row, or leave such rows out with --data.skip_bad") from None
+            report.skip(fault.args[0], source)
+        else:
+            records += made
+    for record in records:
+        report.keep()
+        for note in notes_on(record):
+            report.note(note, record.source)
+    report.require_rows(str(path), "check that the file suits this stage")
+    return records, report
+
+
+def read_files(paths: Sequence[str | Path], make: Callable[[Example, str], Record], skip_bad: bool) -> tuple[list[Any], Report]:
+    """Read files in order, and count what occurs more than once in them."""
+    records, total = [], Report()
+    for path in [paths] if isinstance(paths, (str, Path)) else paths:
+        rows, report = read_file(path, make, skip_bad)
+        records += rows
+        total.add(report)
+    seen: set[Record] = set()
+    for record in records:
+        content = replace(record, source="")
+        if content in seen:
+            total.note("exact duplicates", record.source)
+        seen.add(content)
+    return records, total
+
+
+def read_dialogues(paths: Sequence[str | Path], skip_bad: bool = False) -> tuple[list[Dialogue], Report]:
+    """Read demonstrations for supervised fine-tuning: any format with one response per prompt."""
+    return read_files(paths, to_dialogue, skip_bad)
+
+
+def read_rankings(paths: Sequence[str | Path], skip_bad: bool = False) -> tuple[list[Ranking], Report]:
+    """Read comparisons for the reward model: pairs and ranked lists."""
+    return read_files(paths, to_ranking, skip_bad)
+
+
+def read_prompts(paths: Sequence[str | Path], skip_bad: bool = False) -> tuple[list[Prompt], Report]:
+    """Read prompts for PPO: the prompt part of any format."""
+    return read_files(paths, to_prompt, skip_bad)
