@@ -7,51 +7,65 @@ For one prompt with responses of scores s_1..s_G and an annotator's ranking (Ins
 All pairs of a prompt come from one forward and average to one term per prompt: shuffled as separate
 examples they would be G(G-1)/2 almost equal gradient steps on the same texts, which overfits.
 
-The paper credits "reward size scaling". It can be read in two ways, so both are switches:
-the reward model has its own size (`dim`, `n_layers`, ... below, or its own weights), and its scores are
-standardised on samples of the SFT policy (`calibrate`), so that kl_coef means the same for every size.
+The paper credits "reward size scaling". It can be read in two ways, so both are switches: the
+reward model has its own size (`dim`, `n_layers`, ... below, or its own weights), and its scores are
+standardised on samples of the SFT policy (`calibrate`), so that kl_coef means the same for every
+size.
+
+A reward may also be a Python function of one's own: `--reward.function=FILE.py`, RewardFunction.
 """
 from __future__ import annotations
 
+import importlib.util
+import math
 from dataclasses import dataclass
-from typing import NamedTuple, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Callable, NamedTuple, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import Generation, Transformer, generate, last_scores
+from data import pad
+from formats import Prompt
+from model import Transformer, generate, last_scores
 
 
 @dataclass(frozen=True)
 class RewardConfig:
-    data: tuple[str, ...] = ()          # ranked lists or preference pairs; none: the sample and annotate stages' rankings
+    data: tuple[str, ...] = ()          # ranked lists or pairs; none: what sample, annotate leave
+    function: str = ""                  # FILE.py with score(prompt, response, answer)
     model: str = ""                     # model folder to start from; "": the SFT model
-    dim: int = 0                        # the reward model's own size, 0: as the actor's; another size gets its own SFT first
+    dim: int = 0                        # own size, 0: the actor's; another size gets its own SFT
     n_layers: int = 0                   # likewise
-    n_heads: int = 0                    # likewise; when given, there are as many key and value heads
+    n_heads: int = 0                    # likewise; then as many key and value heads
     ffn_dim: int = 0                    # likewise
     sampled_prompts: int = 6_000        # prompts to draw responses for
     in_domain_share: float = 0.7        # of these prompts (embedded world)
-    temperatures: tuple[float, ...] = (0.7, 1.0, 1.0, 1.0, 1.3)  # one response per entry: the paper's 5 decoding settings
+    temperatures: tuple[float, ...] = (0.7, 1.0, 1.0, 1.0, 1.3)  # the paper's 5 decoding settings
     top_p: float = 1.0                  # nucleus for these responses
     generation_batch: int = 1024        # prompts sampled at once, per rank
-    noise: float = 0.1                  # standard deviation of the embedded annotator's error, in units of the rubric
+    noise: float = 0.1                  # deviation of a function's error as annotator [its units]
     holdout: float = 0.1                # share of the ranked prompts kept for measuring accuracy
     epochs: float = 2.0                 # passes over the rankings
     batch_size: int = 64                # prompts per optimizer step, all ranks together
     microbatch_size: int = 32           # prompts per forward, per rank
     lr: float = 1.5e-3                  # peak learning rate
-    lr_end: float = 0.1                 # final learning rate, as a share of the peak (linear decay)
+    lr_end: float = 0.1                 # last learning rate, as a share of the peak (linear decay)
     warmup: float = 0.05                # share of the steps over which the learning rate rises
     weight_decay: float = 0.1           # AdamW's, on matrices
     max_grad_norm: float = 1.0          # the gradient's global norm is clipped to it
 
 
+# ---------------------------------------------------------------------------------------------
+# The ranking loss
+
 class Batch(NamedTuple):
     """N prompts with up to G ranked responses each; row n * G + g is prompt n with its response g.
 
-    tokens (N*G, T) int64; attention_mask (N*G, T) bool; ranks (N, G) float32, lower is better, NaN = no such response.
+    tokens (N*G, T) int64; attention_mask (N*G, T) bool; ranks (N, G) float32, lower is better,
+    NaN = no such response.
     """
     tokens: Tensor
     attention_mask: Tensor
@@ -64,28 +78,33 @@ class Batch(NamedTuple):
 
 
 def better(ranks: Tensor) -> Tensor:
-    """Return (N, G, G) bool: response i is ranked strictly better than j. Ties and NaN give no pair."""
+    """Return (N, G, G) bool: response i is ranked strictly better than j; ties and NaN: no pair."""
     return ranks[:, :, None] < ranks[:, None, :]
+
+
+def margins_of(scores: Tensor) -> Tensor:
+    """Return (N, G, G): the score of response i less that of j."""
+    return scores[:, :, None] - scores[:, None, :]
 
 
 def ranking_loss(scores: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
     """Compare all pairs within each prompt.
 
     scores: (N, G) float32, higher is better.   ranks: (N, G), lower is better; ties give no pair.
-    Returns: the sum over prompts of the mean -log sigmoid(margin) of their pairs [nats], and the number
-        of prompts that have a pair. Source: Ouyang et al. 2022, eq. 1; G = 2 is Bradley-Terry.
+    Returns: the sum over prompts of the mean -log sigmoid(margin) of their pairs [nats], and the
+        number of prompts that have a pair. Source: Ouyang et al. 2022, eq. 1; G = 2: Bradley-Terry.
     """
     pairs = better(ranks)
-    margins = scores[:, :, None] - scores[:, None, :]  # (N, G, G)
-    losses = (-F.logsigmoid(margins)).where(pairs, 0.0).sum((1, 2))
+    # (N, G, G) -> (N,): a prompt's pairs are averaged, so that one with many pairs counts no more
+    losses = (-F.logsigmoid(margins_of(scores))).where(pairs, 0.0).sum((1, 2))
     n_pairs = pairs.sum((1, 2))
     return (losses / n_pairs.clamp(min=1)).sum(), (n_pairs > 0).sum()
 
 
 def pair_accuracy(scores: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (correctly ordered pairs, pairs) over (N, G) scores and ranks; equal scores count half."""
+    """Return (correctly ordered pairs, pairs) over (N, G) scores and ranks; equal scores: half."""
     pairs = better(ranks)
-    margins = scores[:, :, None] - scores[:, None, :]
+    margins = margins_of(scores)
     right = (margins > 0).float() + 0.5 * (margins == 0).float()
     return right.where(pairs, 0.0).sum(), pairs.sum()
 
@@ -100,32 +119,200 @@ def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, tuple[Tensor
     scores = group_scores(model, batch)
     total, prompts = ranking_loss(scores, batch.ranks)
     present = ~batch.ranks.isnan()
-    return total, {"loss": (total.detach(), prompts), "accuracy": pair_accuracy(scores.detach(), batch.ranks),
-                   "score_mean": (scores.detach().where(present, 0.0).sum(), present.sum())}
+    return total, {
+        "loss": (total.detach(), prompts),
+        "accuracy": pair_accuracy(scores.detach(), batch.ranks),
+        "score_mean": (scores.detach().where(present, 0.0).sum(), present.sum()),
+    }
 
 
-def sample(model: Transformer, prompts: list[list[int]], rows: Sequence[int], config: RewardConfig, max_new_tokens: int,
-           eos_id: int, seed: int) -> list[list[list[int]]]:
+# ---------------------------------------------------------------------------------------------
+# The responses that are ranked
+
+def sample(model: Transformer, prompts: Sequence[list[int]], rows: Sequence[int],
+           config: RewardConfig, max_new_tokens: int, eos_id: int,
+           seed: int) -> list[list[list[int]]]:
     """Draw len(config.temperatures) responses per prompt.
 
     rows: global index of each prompt, so that the noise does not depend on who draws it.
     Returns: for each prompt its responses' token ids, EOS included unless cut off.
     """
     size = len(config.temperatures)
-    columns: list[Generation] = [
-        generate(model, prompts, max_new_tokens, temperature, top_p=config.top_p, eos_id=eos_id, seed=seed,
-                 rows=[row * size + g for row in rows], batch_size=config.generation_batch)
-        for g, temperature in enumerate(config.temperatures)]
-    return [[column.tokens[i] for column in columns] for i in range(len(prompts))]
+    columns = []  # one per decoding setting, each with a response to every prompt
+    for g, temperature in enumerate(config.temperatures):
+        drawn = generate(model, list(prompts), max_new_tokens, temperature, top_p=config.top_p,
+                         eos_id=eos_id, seed=seed, rows=[row * size + g for row in rows],
+                         batch_size=config.generation_batch)
+        columns.append(drawn.tokens)
+    return [list(responses) for responses in zip(*columns)]
 
 
-def calibrate(scores: Sequence[float]) -> tuple[float, float]:
+# ---------------------------------------------------------------------------------------------
+# Scores, and their scale
+
+@torch.no_grad()
+def model_scores(model: nn.Module, rows: Sequence[list[int]], microbatch_size: int) -> list[float]:
+    """Return a reward model's raw score of every row of ids, prompt and response."""
+    scores: list[float] = []
+    for start in range(0, len(rows), microbatch_size):
+        tokens, attention_mask = pad(rows[start:start + microbatch_size])
+        device = model.score.weight.device
+        scores += last_scores(model, tokens.to(device), attention_mask.to(device)).tolist()
+    return scores
+
+
+class Scale(NamedTuple):
+    """What makes scores comparable between reward models: PPO uses (score - mean) / std."""
+    mean: float = 0.0
+    std: float = 1.0
+
+
+def calibrate(scores: Sequence[float]) -> Scale:
     """Return mean and standard deviation of a reward model's scores on samples of the SFT policy.
 
-    PPO then uses (score - mean) / std. A constant reward model is refused: it cannot rank anything.
+    A constant reward model is refused: it cannot rank anything.
     """
     values = torch.tensor(scores, dtype=torch.float64)
     std = values.std(correction=0).item()
     if not std > 1e-6:
-        raise ValueError(f"the reward model gives every sample the same score (std {std:.1e}): train it longer or check the rankings")
-    return values.mean().item(), std
+        raise ValueError(f"the reward model gives every sample the same score (std {std:.1e}): "
+                         "train it longer or check the rankings")
+    return Scale(values.mean().item(), std)
+
+
+class RunningMoments:
+    """Mean and variance of all scores so far (Chan et al. 1983): the other way to fix the scale."""
+
+    def __init__(self, count: float = 0.0, mean: float = 0.0, square_sum: float = 0.0) -> None:
+        self.count = count
+        self.mean = mean
+        self.square_sum = square_sum
+
+    def update(self, scores: Tensor) -> None:
+        """Add the scores (B,) of a rollout of all ranks."""
+        values = scores.double()
+        n = len(values)
+        shift = values.mean().item() - self.mean
+        within = (values - values.mean()).square().sum().item()
+        self.square_sum += within + shift ** 2 * self.count * n / (self.count + n)
+        self.mean += shift * n / (self.count + n)
+        self.count += n
+
+    def rescale(self, scores: Tensor) -> Tensor:
+        """Standardise scores by all so far, themselves included."""
+        self.update(scores)
+        variance = self.square_sum / self.count
+        return (scores - self.mean) / max(variance ** 0.5, 1e-6)
+
+
+def model_reward(model: nn.Module, scale: Scale, microbatch_size: int
+                 ) -> Callable[[Sequence[Prompt], Sequence[list[int]]], Tensor]:
+    """Make a rollout.Score of a reward model: (prompts, response ids) -> (B,) float32."""
+    def score(prompts: Sequence[Prompt], responses: Sequence[list[int]]) -> Tensor:
+        rows = [[*prompt.ids, *ids] for prompt, ids in zip(prompts, responses, strict=True)]
+        return (torch.tensor(model_scores(model, rows, microbatch_size)) - scale.mean) / scale.std
+    return score
+
+
+def function_reward(function: RewardFunction, decode: Callable[[Prompt, list[int]], str]
+                    ) -> Callable[[Sequence[Prompt], Sequence[list[int]]], Tensor]:
+    """Make a rollout.Score of a function of texts. decode: the text of a response to a prompt."""
+    def score(prompts: Sequence[Prompt], responses: Sequence[list[int]]) -> Tensor:
+        texts = [decode(prompt, ids) for prompt, ids in zip(prompts, responses, strict=True)]
+        return torch.tensor(function(prompts, texts), dtype=torch.float32)
+    return score
+
+
+# ---------------------------------------------------------------------------------------------
+# A person's function as a reward
+
+class RewardFunction:
+    """The functions of a Python file, as a reward.
+
+    score(prompt: str, response: str, answer: str | None) -> float     higher is better
+    score_batch(prompts, responses, answers) -> list of floats         in its place, if it is there
+    metrics(prompt, response, answer) -> dict of floats                optional, for the evaluation
+    answer: the reference answer where the data have one. What the file raises, and what is no
+    finite number, becomes a ValueError of one line that shows prompt and response.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.module = load_module(self.path)
+        names = [name for name in ("score", "score_batch") if hasattr(self.module, name)]
+        if not names:
+            raise ValueError(f"{path}: defines neither score(prompt, response, answer) nor "
+                             "score_batch(prompts, responses, answers)")
+
+    def __call__(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+        """Score a response to each prompt."""
+        answers = [prompt.answer for prompt in prompts]
+        if hasattr(self.module, "score_batch"):
+            shown = [prompt.text for prompt in prompts]
+            values = self.guarded("score_batch", shown, list(texts), answers)
+            if not hasattr(values, "__len__") or len(values) != len(texts):
+                raise ValueError(f"{self.path}: score_batch must return one number for each of the "
+                                 f"{len(texts)} responses, got {str(values)[:80]}")
+        else:
+            values = [self.guarded("score", prompt.text, text, prompt.answer)
+                      for prompt, text in zip(prompts, texts, strict=True)]
+        return [self.number(value, prompt, text)
+                for value, prompt, text in zip(values, prompts, texts, strict=True)]
+
+    def metrics(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[dict[str, float]]:
+        """Return what else the file measures of each response; {} each if it measures nothing."""
+        if not hasattr(self.module, "metrics"):
+            return [{} for _ in prompts]
+        rows = []
+        for prompt, text in zip(prompts, texts, strict=True):
+            row = self.guarded("metrics", prompt.text, text, prompt.answer)
+            if not isinstance(row, dict):
+                raise ValueError(f"{self.path}: metrics must return a dict, got {row!r:.80}")
+            rows.append({name: self.number(x, prompt, text) for name, x in row.items()})
+        return rows
+
+    def guarded(self, name: str, prompt: Any, response: Any, answer: Any) -> Any:
+        """Call one of the file's functions; what it raises becomes one line."""
+        try:
+            return getattr(self.module, name)(prompt, response, answer)
+        except Exception as error:  # it is the user's code: anything can come
+            raise ValueError(f"{self.path}: {name} raised {describe(error)} for the prompt "
+                             f"{clip(prompt)} and the response {clip(response)}") from None
+
+    def number(self, value: Any, prompt: Prompt, text: str) -> float:
+        """Return a value as a finite float."""
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise ValueError(f"{self.path}: gave {value!r:.80}, expected a finite number, for the "
+                             f"prompt {clip(prompt.text)} and the response {clip(text)}")
+        return number
+
+
+def describe(error: Exception) -> str:
+    """Write an exception on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def clip(text: Any, length: int = 120) -> str:
+    """Show a text on one line, cut off when it is long."""
+    shown = repr(text)
+    return shown if len(shown) <= length else shown[:length] + "..."
+
+
+def load_module(path: Path) -> ModuleType:
+    """Run a Python file and return its module; ValueError in one line if it cannot be run."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; give a Python file with score(prompt, response, "
+                         "answer)")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None:
+        raise ValueError(f"{path}: not a Python file; its name must end in .py")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"{path}: cannot be run: {describe(error)}") from None
+    return module

@@ -1,1 +1,1 @@
-"""A run: its flags, its folder with log and checkpoints, where each stage's data comes from, the planner."""
+"""A run: its settings, its folder, the data of every stage, the planner."""

@@ -1,10 +1,19 @@
-"""Data of every stage: the embedded world, or files."""
+"""Where each stage's data comes from: the embedded world, or files.
+
+    demonstrations  -> SFT                      prompts to sample from -> rankings -> reward model
+    prompts to train on -> PPO                  prompts held out -> evaluation
+
+World and Files answer the same questions. What is held out is chosen once, written to
+heldout.jsonl, and handed to no stage but the evaluation: not to SFT, not to the sampling, not to
+PPO.
+"""
 from __future__ import annotations
 
+import hashlib
 import random
-from functools import cache
-from typing import Any, Sequence
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from functools import cached_property
+from typing import Any, NamedTuple, Sequence
 
 import torch
 
@@ -13,120 +22,260 @@ import formats
 import microcosm
 import reward
 import sft
-from formats.files import read_jsonl
-from run.folder import Run, to_device
+from data import TokenizedDialogue, TokenizedRanking
+from formats import Dialogue, Message, Prompt
+from formats.files import read_jsonl, write_jsonl
+from formats.parsers import any_prompt, prompt_field
+from formats.records import dialogue_text
+from model import derive
+from run.folder import Run
 
 
-def messages_of(prompt: str) -> tuple[formats.Message, ...]:
-    return (formats.Message("user", prompt),)
+class Ranked(NamedTuple):
+    """A ranking, and the general task of its prompt; "" is the domain itself."""
+    ranking: TokenizedRanking
+    task: str
 
 
-def preference_items(run: Run) -> list[microcosm.Item]:
-    """Return the world's prompts whose responses are ranked."""
-    return microcosm.items("preference", run.config.reward.sampled_prompts, run.config.seed, run.config.reward.in_domain_share)
+class Source(ABC):
+    """What both kinds of data have in common. Subclasses say where records come from."""
 
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.config = run.config
 
-def sft_examples(run: Run) -> list[data.TokenizedDialogue]:
-    """Return the dialogues to imitate; the world's are imperfect by construction."""
-    config = run.config
-    if config.is_world:
-        rng = random.Random(f"demonstrations {config.seed}")
-        records = [formats.Dialogue((*messages_of(item.prompt), formats.Message("assistant", microcosm.demonstrate(item, rng))), item.task)
-                   for item in microcosm.items("train", config.sft.examples, config.seed, config.sft.in_domain_share)]
-    else:
-        records, report = formats.read_dialogues(config.sft.data, config.data.skip_bad)
-        run.say(f"sft data: {report}")
-    examples, report = data.encode_sft(records, run.tokenizer, config.data.template,
-                                       config.data.max_prompt_tokens + config.data.max_response_tokens)
-    run.say(f"sft examples: {report}")
-    return examples
+    @abstractmethod
+    def choose_heldout(self) -> None:
+        """Write heldout.jsonl; the main rank does so before any stage begins."""
 
+    @abstractmethod
+    def dialogues(self) -> list[Dialogue]:
+        """Return the demonstrations."""
 
-@cache
-def read_prompts(run: Run, name: str, files: tuple[str, ...]) -> tuple[list[formats.Prompt], list[list[int]]]:
-    """Return the prompts of files and their token ids; several stages of a run ask for them."""
-    config = run.config.data
-    records, report = formats.read_prompts(files, config.skip_bad)
-    run.say(f"{name} data: {report}")
-    ids, records, report = data.encode_prompts(records, run.tokenizer, config.template, config.max_prompt_tokens, config.skip_bad)
-    run.say(f"{name} prompts: {report}")
-    return records, ids
+    @abstractmethod
+    def prompts_to_sample(self) -> list[Prompt]:
+        """Return the prompts whose responses are ranked."""
 
+    @abstractmethod
+    def prompts_to_train(self) -> list[Prompt]:
+        """Return the prompts PPO samples from; [] if the run has none."""
 
-def world_prompts(run: Run, items: Sequence[microcosm.Item]) -> list[list[int]]:
-    return [data.encode_prompt(run.tokenizer, messages_of(item.prompt), run.config.data.template) for item in items]
+    def encode(self, records: Sequence[Prompt], name: str) -> list[Prompt]:
+        """Fill in the ids of prompts."""
+        config = self.config.data
+        prompts, report = data.encode_prompts(records, self.run.tokenizer, config.template,
+                                              config.max_prompt_tokens, config.skip_bad)
+        self.run.say(f"{name} prompts: {report}")
+        return prompts
 
+    def heldout(self) -> list[Prompt]:
+        """Return the prompts of the evaluation, which no stage has seen."""
+        path = self.run.result("heldout.jsonl")
+        if path is None:
+            raise ValueError("the evaluation needs prompts that no stage has seen: give --eval."
+                             "prompts=FILE, or --ppo.prompts=FILE with --eval.holdout above 0")
+        rows = read_jsonl(path)
+        return self.encode([prompt_of(row, f"{path}:{n}") for n, row in enumerate(rows, 1)], "eval")
 
-def ppo_prompts(run: Run) -> tuple[list[formats.Prompt], list[list[int]]]:
-    """Return the prompts of PPO's files and their token ids, in the order of the files."""
-    config = run.config
-    records, ids = read_prompts(run, "ppo", config.ppo.prompts)
-    if len(ids) <= config.eval.holdout and not config.eval.prompts:
-        raise ValueError(f"--ppo.prompts has {len(ids)} usable prompts and --eval.holdout={config.eval.holdout} of them are held out: lower it")
-    return records, ids
+    def demonstrations(self) -> list[TokenizedDialogue]:
+        """Return the dialogues to imitate, as ids."""
+        examples, report = data.encode_sft(self.dialogues(), self.run.tokenizer,
+                                           self.config.data.template, self.config.longest)
+        self.run.say(f"sft examples: {report}")
+        return examples
 
+    def rankings(self) -> list[Ranked]:
+        """Return the rankings that hold a pair, shuffled."""
+        found = self.given_rankings() if self.config.reward.data else self.own_rankings()
+        return [found[i] for i in data.epoch_order(len(found), self.config.seed, 0)]
 
-def training_prompts(run: Run) -> list[list[int]]:
-    """Return the prompts PPO trains on: the world's training split, or all in its files but those kept for evaluation."""
-    config = run.config
-    if config.is_world:
-        return world_prompts(run, microcosm.items("train", config.ppo.iterations * config.ppo.batch_size, config.seed + 1_000_000,
-                                                  config.ppo.in_domain_share))
-    ids = ppo_prompts(run)[1]
-    return ids if config.eval.prompts else ids[:len(ids) - config.eval.holdout]
-
-
-def sft_batch(run: Run, examples: Sequence[data.TokenizedDialogue]) -> sft.Batch:
-    tokens, attention_mask = data.pad([example.tokens for example in examples])
-    return sft.Batch(*to_device(run, tokens, attention_mask, data.pad_masks([example.response_mask for example in examples])))
-
-
-def reward_batch(run: Run, examples: Sequence[data.TokenizedRanking]) -> reward.Batch:
-    """Lay out N prompts x G responses; a prompt with fewer than G gets one-token rows of rank NaN."""
-    size = max(len(example.responses) for example in examples)
-    rows, ranks = [], torch.full((len(examples), size), torch.nan)
-    for n, example in enumerate(examples):
-        texts = [example.prompt + response for response in example.responses]
-        rows += texts + [example.prompt[:1]] * (size - len(texts))
-        ranks[n, :len(texts)] = torch.tensor(example.ranks)
-    return reward.Batch(*to_device(run, *data.pad(rows), ranks))
-
-
-def rankings(run: Run) -> tuple[list[data.TokenizedRanking], list[str]]:
-    """Return the rankings that hold a pair, and each one's task, shuffled."""
-    config = run.config
-    if config.reward.data:
+    def given_rankings(self) -> list[Ranked]:
+        """Read the rankings of --reward.data."""
+        config = self.config
         records, report = formats.read_rankings(config.reward.data, config.data.skip_bad)
-        run.say(f"reward data: {report}")
-        ranked, report = data.encode_rankings(records, run.tokenizer, config.data.template,
-                                              config.data.max_prompt_tokens + config.data.max_response_tokens)
-        run.say(f"reward examples: {report}")
-        tasks = [""] * len(ranked)
-    else:
-        ranked, tasks = [], []
-        for row in read_jsonl(run.needed("ranked.jsonl", "annotate")):
-            distinct = {tuple(ids): rank for ids, rank in zip(row["response_ids"], row["ranks"])}
-            if len(set(distinct.values())) > 1:
-                ranked.append(data.TokenizedRanking(row["prompt_ids"], [list(ids) for ids in distinct], list(distinct.values())))
-                tasks.append(row["task"])
-    order = data.epoch_order(len(ranked), config.seed, 0)
-    return [ranked[i] for i in order], [tasks[i] for i in order]
+        self.run.say(f"reward data: {report}")
+        ranked, report = data.encode_rankings(self.without_heldout(records, "reward data"),
+                                              self.run.tokenizer, config.data.template,
+                                              config.longest)
+        self.run.say(f"reward examples: {report}")
+        return [Ranked(ranking, "") for ranking in ranked]
+
+    def own_rankings(self) -> list[Ranked]:
+        """Read what the annotate stage left: the very ids that were sampled, equal ones once."""
+        found = []
+        for row in read_jsonl(self.run.needed("ranked.jsonl", "annotate")):
+            ranks = {tuple(ids): rank for ids, rank in zip(row["response_ids"], row["ranks"])}
+            if len(set(ranks.values())) > 1:
+                responses = [list(ids) for ids in ranks]
+                ranking = TokenizedRanking(row["prompt_ids"], responses, list(ranks.values()))
+                found.append(Ranked(ranking, row["task"]))
+        return found
+
+    def without_heldout(self, records: Sequence[Any], name: str) -> list[Any]:
+        """Drop the records whose prompt is held out for the evaluation."""
+        kept = [record for record in records if prompt_key(record) not in self.heldout_keys]
+        if len(kept) < len(records):
+            self.run.say(f"{name}: {len(records) - len(kept)} rows left out, their prompts are "
+                         "held out for the evaluation (heldout.jsonl)")
+        return kept
+
+    @cached_property
+    def heldout_keys(self) -> set[str]:
+        path = self.run.result("heldout.jsonl")
+        rows = read_jsonl(path) if path else []
+        return {prompt_key(prompt_of(row, str(path))) for row in rows}
 
 
-def held_out_prompts(run: Run) -> tuple[list[Any], list[list[int]]]:
-    """Return the real prompts of the evaluation, as things with a prompt and an answer, and their token ids."""
-    config = run.config
-    if config.eval.prompts:
-        records, ids = read_prompts(run, "eval", config.eval.prompts)
-    elif config.ppo.prompts:
-        records, ids = (part[-config.eval.holdout:] for part in ppo_prompts(run))
-    else:
-        raise ValueError("the evaluation needs prompts: give --eval.prompts=FILE")
-    return [Shown(record.messages[-1].content, record.answer) for record in records], ids
+def prompt_key(record: Prompt | Dialogue | formats.Ranking) -> str:
+    """Return what makes two prompts the same: their text, however it is spaced."""
+    messages = record.messages[:-1] if isinstance(record, Dialogue) else record.messages
+    return " ".join(dialogue_text(messages).split())
 
 
-@dataclass(frozen=True)
-class Shown:
-    """A real prompt as the evaluation shows it."""
-    prompt: str
-    answer: str | None
+def prompt_row(prompt: Prompt) -> dict[str, Any]:
+    """Return a prompt as an object of a JSON file; `prompt_of` reads it back."""
+    return {"prompt": prompt_field(prompt.messages), "answer": prompt.answer, "task": prompt.task}
+
+
+def prompt_of(row: dict[str, Any], source: str) -> Prompt:
+    """Read a prompt that `prompt_row` wrote."""
+    return Prompt(tuple(any_prompt(row)), source, row["answer"], row["task"])
+
+
+# ---------------------------------------------------------------------------------------------
+# The embedded world
+
+def world_prompt(item: microcosm.Item, number: int) -> Prompt:
+    """Return an item of the world as a prompt."""
+    source = f"{item.task or 'advertisement'} {number}"
+    return Prompt((Message("user", item.prompt),), source, item.answer, item.task)
+
+
+class World(Source):
+    """Data of the embedded world: every split is a pure function of the seed, and they share no
+    prompt (microcosm.SPLITS)."""
+
+    def prompts_of(self, split: str, n: int, in_domain_share: float, seed: int) -> list[Prompt]:
+        items = microcosm.items(split, n, seed, in_domain_share)
+        return [world_prompt(item, number) for number, item in enumerate(items, 1)]
+
+    def choose_heldout(self) -> None:
+        path = self.run.out / "heldout.jsonl"
+        if path.exists():
+            return
+        config = self.config
+        chosen = (self.prompts_of("eval", config.eval.in_domain, 1.0, config.seed)
+                  + self.prompts_of("eval", config.eval.general, 0.0, config.seed))
+        write_jsonl(path, map(prompt_row, chosen))
+
+    def dialogues(self) -> list[Dialogue]:
+        """Draw demonstrations; they are imperfect by construction."""
+        config = self.config
+        rng = random.Random(f"demonstrations {config.seed}")
+        found = []
+        for item in microcosm.items("train", config.sft.examples, config.seed,
+                                    config.sft.in_domain_share):
+            answer = Message("assistant", microcosm.demonstrate(item, rng))
+            found.append(Dialogue((Message("user", item.prompt), answer), item.task))
+        return found
+
+    def prompts_to_sample(self) -> list[Prompt]:
+        config = self.config.reward
+        return self.encode(self.prompts_of("preference", config.sampled_prompts,
+                                           config.in_domain_share, self.config.seed), "sample")
+
+    def prompts_to_train(self) -> list[Prompt]:
+        config = self.config.ppo
+        n = config.iterations * config.batch_size // config.responses_per_prompt
+        # other prompts than those of the demonstrations, from the same split
+        seed = derive(self.config.seed, "ppo prompts")
+        return self.encode(self.prompts_of("train", n, config.in_domain_share, seed), "ppo")
+
+
+# ---------------------------------------------------------------------------------------------
+# Files
+
+class Files(Source):
+    """Data from files that people bring."""
+
+    @cached_property
+    def records(self) -> list[Prompt]:
+        """The prompts of --ppo.prompts, in the order of the files."""
+        if not self.config.ppo.prompts:
+            return []
+        records, report = formats.read_prompts(self.config.ppo.prompts, self.config.data.skip_bad)
+        self.run.say(f"ppo data: {report}")
+        return records
+
+    @cached_property
+    def training_prompts(self) -> list[Prompt]:
+        """Those of them that are not held out, encoded."""
+        return self.encode(self.without_heldout(self.records, "ppo data"), "ppo")
+
+    def choose_heldout(self) -> None:
+        """Hold out --eval.prompts; else those of --ppo.prompts whose hashes are smallest.
+
+        A hash of the text: the choice does not depend on the order of files, equal prompts are
+        chosen or left together, and it is made once, so that no later run on this one leaks.
+        """
+        config = self.config
+        if config.eval.prompts:
+            chosen, report = formats.read_prompts(config.eval.prompts, config.data.skip_bad)
+            self.run.say(f"eval data: {report}")
+        elif self.run.result("heldout.jsonl") or not self.records or not config.eval.holdout:
+            return
+        else:
+            chosen = smallest_hashes(self.records, config.eval.holdout)
+            if self.run.result("sft"):
+                self.run.say("eval data: held out only now, after SFT, which may have seen them: "
+                             "give --ppo.prompts with the first stage")
+        write_jsonl(self.run.out / "heldout.jsonl", map(prompt_row, chosen))
+
+    def dialogues(self) -> list[Dialogue]:
+        records, report = formats.read_dialogues(self.config.sft.data, self.config.data.skip_bad)
+        self.run.say(f"sft data: {report}")
+        return self.without_heldout(records, "sft data")
+
+    def prompts_to_sample(self) -> list[Prompt]:
+        return self.training_prompts[:self.config.reward.sampled_prompts]
+
+    def prompts_to_train(self) -> list[Prompt]:
+        return self.training_prompts if self.config.ppo.prompts else []
+
+
+def smallest_hashes(records: Sequence[Prompt], n: int) -> list[Prompt]:
+    """Choose n different prompts by a hash of their text, which spreads them evenly."""
+    distinct = {prompt_key(record): record for record in reversed(records)}
+    if len(distinct) <= n:
+        raise ValueError(f"--ppo.prompts has {len(distinct)} different prompts and --eval.holdout="
+                         f"{n} of them are held out: lower it")
+    by_hash = sorted(distinct, key=lambda key: hashlib.sha256(key.encode()).digest())
+    return [distinct[key] for key in by_hash[:n]]
+
+
+def open_source(run: Run) -> Source:
+    return World(run) if run.config.is_world else Files(run)
+
+
+# ---------------------------------------------------------------------------------------------
+# Examples to batches
+
+def sft_batch(examples: Sequence[TokenizedDialogue], device: torch.device) -> sft.Batch:
+    """Lay dialogues out on one grid."""
+    tokens, attention_mask = data.pad([example.tokens for example in examples])
+    response_mask = data.pad_masks([example.response_mask for example in examples])
+    return sft.Batch(tokens.to(device), attention_mask.to(device), response_mask.to(device))
+
+
+def reward_batch(examples: Sequence[TokenizedRanking], device: torch.device) -> reward.Batch:
+    """Lay out N prompts x G responses; a prompt with fewer gets one-token rows of rank NaN."""
+    size = max(len(example.responses) for example in examples)
+    ranks = torch.full((len(examples), size), torch.nan)
+    rows: list[list[int]] = []
+    for n, example in enumerate(examples):
+        given = [example.prompt + response for response in example.responses]
+        missing = size - len(given)
+        rows += given + [example.prompt[:1]] * missing
+        ranks[n, :len(given)] = torch.tensor(example.ranks)
+    tokens, attention_mask = data.pad(rows)
+    return reward.Batch(tokens.to(device), attention_mask.to(device), ranks.to(device))

@@ -1,0 +1,92 @@
+"""Responses and their ranks: the stages between SFT and the reward model."""
+from __future__ import annotations
+
+import random
+from functools import partial
+from typing import Any, Mapping, Sequence
+
+import parallel
+import reward
+from formats import Prompt
+from formats.files import read_jsonl, write_jsonl
+from formats.parsers import ranks_of
+from model import derive
+from reward import RewardFunction
+from run.folder import Run, load_model
+from run.models import policy_path, ranker, to_text
+from run.sources import Source, prompt_of, prompt_row
+
+
+def run_sample(run: Run, source: Source) -> None:
+    """Draw several responses per prompt from the SFT model, for an annotator to rank."""
+    config, machine = run.config, run.machine
+    prompts = source.prompts_to_sample()
+    model = load_model(run, policy_path(run))
+    mine = machine.slice(list(range(len(prompts))))
+    bar = run.bar("sample", len(mine))
+    drawn: list[list[list[int]]] = []  # (prompts, responses, tokens)
+    with parallel.gathered(model), machine.autocast():
+        for start in range(0, len(mine), config.reward.generation_batch):
+            rows = mine[start:start + config.reward.generation_batch]
+            ids = [list(prompts[row].ids) for row in rows]
+            drawn += reward.sample(model, ids, rows, config.reward, config.data.max_response_tokens,
+                                   run.tokenizer.eos_id, derive(config.seed, "sample"))
+            bar.update(len(rows))
+    bar.close()
+    groups = [group for part in parallel.gather_objects(drawn) for group in part]
+    path = run.out / "to_rank.jsonl"
+    if machine.is_main:
+        write_jsonl(path, (row_to_rank(run, i, prompt, group)
+                           for i, (prompt, group) in enumerate(zip(prompts, groups, strict=True))))
+    parallel.gather_objects(None)  # nobody reads it before it is there
+    if not ranker(run):
+        run.say(f"{len(groups)} prompts with {len(config.reward.temperatures)} responses each wait "
+                f"in {path}.\nReplace each \"ranks\": null by a list such as [2, 1, 3, 3, 5] (1 is "
+                "best, equal numbers are ties), then run\n"
+                f"  train.py --out={run.out} --stages=annotate,reward,ppo,eval")
+
+
+def row_to_rank(run: Run, i: int, prompt: Prompt, group: Sequence[list[int]]) -> dict[str, Any]:
+    """Return what annotators see of a prompt and its responses, and the ids behind the texts."""
+    return {"id": i, **prompt_row(prompt), "responses": [to_text(run, prompt, ids) for ids in group],
+            "ranks": None, "prompt_ids": prompt.ids, "response_ids": group}
+
+
+def run_annotate(run: Run, source: Source) -> None:
+    """Turn the drawn responses into rankings: people's, or a function's with an annotator's error."""
+    informative = parallel.from_main(partial(write_rankings, run))
+    run.say(f"annotate : {informative} prompts have a pair of differently ranked responses")
+
+
+def write_rankings(run: Run) -> int:
+    """Write ranked.jsonl; return how many prompts have a pair."""
+    path = run.needed("to_rank.jsonl", "sample")
+    rows = read_jsonl(path)
+    function = ranker(run)
+    for number, row in enumerate(rows, 1):
+        if function and not row["ranks"]:
+            row["ranks"] = rank(run, function, prompt_of(row, f"{path}:{number}"), row["responses"])
+        check_ranking(row, f"{path}:{number}")
+    write_jsonl(run.out / "ranked.jsonl", rows)
+    return sum(len(set(row["ranks"])) > 1 for row in rows)
+
+
+def rank(run: Run, function: RewardFunction, prompt: Prompt, texts: Sequence[str]) -> list[float]:
+    """Rank responses by a function, as a person would who errs by N(0, noise).
+
+    The error belongs to the response: equal ones get equal ranks, in whatever order they stand.
+    """
+    def error(text: str) -> float:
+        return random.Random(derive(run.config.seed, "annotator", prompt.text, text)).gauss(0, 1)
+    scores = function([prompt] * len(texts), texts)
+    felt = [score + run.config.reward.noise * error(text) for score, text in zip(scores, texts)]
+    return ranks_of(felt)
+
+
+def check_ranking(row: Mapping[str, Any], place: str) -> None:
+    """Refuse ranks that are missing or no numbers."""
+    ranks, size = row.get("ranks"), len(row["responses"])
+    is_list = isinstance(ranks, list) and len(ranks) == size
+    if not is_list or not all(isinstance(rank, (int, float)) for rank in ranks):
+        raise ValueError(f"{place}: \"ranks\" must be a list of {size} numbers, 1 is best: rank "
+                         "this prompt first")

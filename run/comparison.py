@@ -1,0 +1,73 @@
+"""The evaluation of a run: every model's answers to prompts that no stage has seen."""
+from __future__ import annotations
+
+import json
+import time
+from typing import Sequence
+
+import parallel
+from eval import assess, table, write_answers
+from evaluation.report import examples_text, pick_examples, write_report
+from formats import Prompt
+from formats.files import read_json
+from run.folder import Run, load_model, timings
+from run.models import answer, base_model, best_of, open_reward, ranker, score_all, to_text
+from run.sources import Source
+
+
+def compare(run: Run, source: Source, policies: Sequence[str]) -> None:
+    """Compare the run's models, and the base, on prompts no stage has seen; write the report.
+
+    policies: names of results that are models that answer, in the order of the table.
+    """
+    config, began = run.config, time.perf_counter()
+    prompts = source.heldout()
+    answers = answers_of_all(run, prompts, policies)
+    values = {name: values_of(run, prompts, responses) for name, responses in answers.items()}
+    texts = {name: [to_text(run, prompt, ids) for prompt, ids in zip(prompts, responses)]
+             for name, responses in answers.items()}
+    results = assess(prompts, texts, values, config.eval.reference)
+    reward_path = run.result("reward")
+    results["reward_model"] = (read_json(reward_path / "config.json").get("holdout_accuracy", {})
+                               if reward_path else {})
+    results["seconds"] = {**timings(run), "eval": round(time.perf_counter() - began, 2)}
+    if run.machine.is_main:
+        write_answers(run.out / "answers.jsonl", prompts, texts, values)
+        (run.out / "eval.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        telling = {name: texts[name] for name in texts if name != "base" or not config.is_world}
+        scores = {name: [row["score"] for row in rows] for name, rows in values.items()}
+        examples = pick_examples(prompts, telling, scores, config.eval.show)
+        said = write_report(run.out, results, examples)
+        print(table(results), "", examples_text(examples), "", said, sep="\n")
+
+
+def answers_of_all(run: Run, prompts: Sequence[Prompt], policies: Sequence[str]
+                   ) -> dict[str, list[list[int]]]:
+    """Return every model's greedy answers, the base's first, and the best of n where asked for."""
+    made = [name for name in policies if run.result(name)]
+    if not made:
+        raise ValueError(f"{run.out} has no model to evaluate: run --stages=sft first")
+    answers = {"base": answer(run, base_model(run), prompts, 0.0)}
+    for name in made:
+        answers[name] = answer(run, load_model(run, run.needed(name, name), frozen=True), prompts,
+                               0.0)
+        if name == "sft" and run.config.eval.best_of:
+            answers[f"best-of-{run.config.eval.best_of}"] = best_of(run, prompts)
+    return answers
+
+
+def values_of(run: Run, prompts: Sequence[Prompt], responses: Sequence[list[int]]
+              ) -> list[dict[str, float]]:
+    """Return what each answer is worth: "score", and what else the judging function measures."""
+    judge = ranker(run)
+    if judge:
+        mine = run.machine.slice(list(range(len(prompts))))
+        asked = [prompts[i] for i in mine]
+        texts = [to_text(run, prompts[i], responses[i]) for i in mine]
+        rows = zip(judge(asked, texts), judge.metrics(asked, texts))
+        values = [{"score": score, **metrics} for score, metrics in rows]
+        return [row for part in parallel.gather_objects(values) for row in part]
+    if not run.result("reward"):
+        return [{"score": 0.0} for _ in prompts]
+    payer = open_reward(run, "model")
+    return [{"score": x} for x in score_all(run, payer.model, payer.score, prompts, responses)]
