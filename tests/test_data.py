@@ -409,8 +409,8 @@ def test_template_text_and_what_is_trained(bytes_tokenizer, template, messages, 
     ids, trained = data.encode_dialogue(bytes_tokenizer, messages, template)
     shown, marks = [], [False, *trained, False]
     for n, token in enumerate(ids):
-        piece = bytes_tokenizer._pieces.id_to_piece(token)
-        piece = chr(int(piece[3:5], 16)) if bytes_tokenizer._pieces.is_byte(token) else piece.replace("\u2581", " ")
+        piece = bytes_tokenizer.processor.id_to_piece(token)
+        piece = chr(int(piece[3:5], 16)) if bytes_tokenizer.processor.is_byte(token) else piece.replace("\u2581", " ")
         opens = n == 0 or ids[n - 1] == bytes_tokenizer.bos_id
         shown.append(("*" if marks[n] != marks[n + 1] else "") + (piece.removeprefix(" ") if opens else piece))
     assert "".join(shown) + "*" == expected
