@@ -1,25 +1,20 @@
-"""Text in, tokens out: the tokenizer, the formats people bring, chat templates, lengths and batches.
+"""Text in, tokens out, and back: tokenizers, chat templates, lengths, batches.
 
-    file -> rows -> Example (prompt, responses, ranks) -> Dialogue | Ranking | Prompt -> tokens -> batch
+    files -> Dialogue | Ranking | Prompt (formats/) -> tokens (here) -> batch (B, T)
 
-Every format is parsed to one Example; each stage takes from it what it learns from. Policy:
+Three rules hold for every stage:
 
- - a file is recognised by its content, never by its name; a row by its fields
- - a *bad* row (broken JSON or encoding, missing field, wrong type, wrong roles, ranks that contradict) stops
-   the reading with file, line and reason; with skip_bad it is left out and counted
- - an *uninformative* row (nothing to prefer: equal, tied, not annotated) is always left out and counted
- - what is kept but deserves a look (duplicates, empty responses, cuts) is counted as well; see Report
- - text never becomes a control token: bos and eos are put in as ids, so no user text can close a turn
-
-Prompt and response are encoded apart and their ids joined: the response's ids start exactly where the policy
-starts to sample, so SFT, reward model and PPO agree on every border. A policy's own samples are never
-encoded again from their text, since encode(decode(ids)) may differ from ids.
+ - Text never becomes a control token. BOS and EOS are put in as ids: no user text closes a turn.
+ - Prompt and response are encoded apart and their ids joined: the response's ids start exactly
+   where the policy starts to sample, so SFT, reward model and PPO agree on every border.
+ - A policy's own samples are never encoded again from their text, since encode(decode(ids)) may
+   differ from ids. Text is for people and for reward functions; training goes on with the ids.
 """
 from __future__ import annotations
 
 import bisect
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Callable, Iterable, NamedTuple, Sequence
@@ -35,129 +30,133 @@ from weights import read_config
 
 @dataclass(frozen=True)
 class DataConfig:
-    template: str = "plain"             # alpaca | llama2 | vicuna | plain: how a dialogue becomes text
+    template: str = "plain"             # how a dialogue becomes text: see TEMPLATES in data.py
     max_prompt_tokens: int = 96         # a longer PPO prompt is refused, or left out with skip_bad
-    max_response_tokens: int = 32       # a response is cut off here; a training sequence is at most the sum of both
-    skip_bad: bool = False              # leave malformed rows and overlong prompts out and count them, instead of stopping at the first
+    max_response_tokens: int = 32       # responses end here; SFT trains on at most the sum of both
+    skip_bad: bool = False              # leave out and count bad rows and overlong prompts
 
 
-# ---------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 # Tokenizer
 
 class Tokenizer:
     """A sentencepiece model as LLaMA uses it.
 
-    path: the file.   vocab_size: pieces.   bos_id, eos_id: control ids, which `encode` never returns.
+    path: the file.   processor: the sentencepiece model itself.   vocab_size: pieces.
+    bos_id, eos_id: control ids, which `encode` never returns.
     """
 
     def __init__(self, path: str | Path) -> None:
         """Open a tokenizer.model, or the one in a folder; ValueError if it cannot serve."""
-        path = Path(path)
-        self.path = path / "tokenizer.model" if path.is_dir() else path
-        if not self.path.exists() and (path / "params.json").exists():  # Meta keeps one tokenizer beside the folders of all sizes
-            self.path = path.parent / "tokenizer.model"
-        if not self.path.is_file():
-            raise ValueError(f"{self.path}: no such file; give a sentencepiece tokenizer.model or the folder that holds one")
+        self.path = find_tokenizer(Path(path))
         try:
-            self._pieces = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
+            self.processor = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
         except (OSError, RuntimeError):
-            raise ValueError(f"{self.path}: not a sentencepiece model; give LLaMA's tokenizer.model") from None
-        self.vocab_size: int = self._pieces.vocab_size()
-        self.bos_id: int = self._pieces.bos_id()
-        self.eos_id: int = self._pieces.eos_id()
+            fault = "not a sentencepiece model; give LLaMA's tokenizer.model"
+            raise ValueError(f"{self.path}: {fault}") from None
+        self.vocab_size: int = self.processor.vocab_size()
+        self.bos_id: int = self.processor.bos_id()
+        self.eos_id: int = self.processor.eos_id()
         if min(self.bos_id, self.eos_id) < 0:
             raise ValueError(f"{self.path}: has no bos or no eos piece; train it with both")
+
+        # Templates are made of lines. A tokenizer that reads "\n" as nothing (sentencepiece's own
+        # default normalization) or as unknown would run them together without a message.
         self._newline = self.encode("\n")
-        if self._pieces.unk_id() in self._newline:
-            raise ValueError(f"{self.path}: has no piece for a newline; train it with byte_fallback, or with a newline "
-                             "among its user_defined_symbols")
+        if not self._newline or self.processor.unk_id() in self._newline:
+            advice = ("train it with normalization_rule_name=identity and byte_fallback, or with a "
+                      "newline among its user_defined_symbols")
+            raise ValueError(f"{self.path}: has no piece for a newline; {advice}")
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of a text that opens a sequence, without bos and eos.
-
-        sentencepiece puts a space in front (the dummy prefix): "Hello" has the ids of " Hello" in mid-text.
-        """
-        return self._pieces.encode(text)
+        """Return the ids of a text that opens a sequence, without BOS and EOS."""
+        # sentencepiece puts a space in front, the dummy prefix: "Hello" at the beginning of a text
+        # has the ids that " Hello" has further on.
+        return self.processor.encode(text)
 
     def encode_segment(self, text: str) -> list[int]:
-        """Return the ids of a text that continues the one before it, hence without the dummy prefix.
-
-        A newline in front takes the prefix upon itself and does not merge with what follows; both come off again.
-        """
-        ids = self._pieces.encode("\n" + text)
+        """Return the ids of a text that continues the one before it: without the dummy prefix."""
+        # sentencepiece has no switch for this. A newline in front takes the prefix upon itself and
+        # does not merge with what follows; then prefix and newline come off again together.
+        ids = self.processor.encode("\n" + text)
         if ids[:len(self._newline)] != self._newline:
-            raise ValueError(f"{self.path}: merges a newline with the text after it; train it with a newline piece that stays alone")
+            advice = "train it with a newline piece that stays alone"
+            raise ValueError(f"{self.path}: merges a newline with the text after it; {advice}")
         return ids[len(self._newline):]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of ids; control ids have none, nor have ids beyond the vocabulary (a padded embedding's)."""
-        return self._pieces.decode([i for i in ids if 0 <= i < self.vocab_size])
+        """Return the text of ids that open a sequence; control ids have none."""
+        # Embeddings are often padded to a round number of rows. A policy can sample a row beyond
+        # the vocabulary, which has no text either and would be an IndexError here.
+        return self.processor.decode([i for i in ids if 0 <= i < self.vocab_size])
 
-    def huggingface_files(self) -> dict[str, dict]:
-        """Return the content of tokenizer.json and tokenizer_config.json, with which `transformers` finds the ids of `encode`.
+    def decode_segment(self, ids: Iterable[int]) -> str:
+        """Return the text of ids that continue others: the inverse of `encode_segment`."""
+        # `decode` alone would take a leading space for the dummy prefix and drop it. As above, a
+        # newline in front is what takes the prefix upon itself.
+        return self.decode([*self._newline, *ids]).removeprefix("\n")
 
-        From tokenizer.model alone it takes merges in the order of ids, which is wrong for runs of spaces: they have the lowest
-        ids and the lowest scores. Text never becomes a control token there either (split_special_tokens). Empty unless this is BPE.
-        """
-        p, count = self._pieces, self.vocab_size
-        special = [i for i in range(count) if p.is_control(i) or p.is_unknown(i)]
-        bos, eos, unk = (p.id_to_piece(i) for i in (self.bos_id, self.eos_id, p.unk_id()))
-        scores = {p.id_to_piece(i): p.get_score(i) for i in range(count) if not (i in special or p.is_byte(i) or p.is_unused(i))}
-        if any(score % 1 for score in scores.values()):  # BPE's are whole numbers, the merges counted down; unigram's log-probabilities
-            return {}
-        merges = [(score, i, len(piece) - i, piece) for piece, score in scores.items() for i in range(1, len(piece))
-                  if piece[:i] in scores and piece[i:] in scores]
-        normalizers: list[dict] = [{"type": "NFKC"}] if "\ufb01" not in p.normalize("\ufb01") else []  # the ligature fi
-        if p.normalize("a  b") == p.normalize("a b"):  # trained to merge spaces
-            normalizers += [{"type": "Replace", "pattern": {"Regex": pattern}, "content": content}
-                            for pattern, content in ((r"\A +| +\z", ""), (" +", " "))]
-        normalizers += [{"type": "Prepend", "prepend": "\u2581"}, {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}]
-        begin, text = {"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
-        decoders = [{"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
-                    {"type": "Strip", "content": " ", "start": 1, "stop": 0}]
-        tokenizer = {
-            "version": "1.0", "truncation": None, "padding": None, "pre_tokenizer": None,
-            "added_tokens": [{"id": i, "content": p.id_to_piece(i), "special": True, "normalized": False, "single_word": False,
-                              "lstrip": False, "rstrip": False} for i in special],
-            "normalizer": {"type": "Sequence", "normalizers": normalizers}, "decoder": {"type": "Sequence", "decoders": decoders},
-            "post_processor": {"type": "TemplateProcessing", "single": [begin, text], "pair": [begin, text, {"Sequence": {"id": "B", "type_id": 1}}],
-                               "special_tokens": {bos: {"id": bos, "ids": [self.bos_id], "tokens": [bos]}}},
-            "model": {"type": "BPE", "dropout": None, "unk_token": unk, "continuing_subword_prefix": None, "end_of_word_suffix": None,
-                      "fuse_unk": True, "byte_fallback": any(map(p.is_byte, range(count))), "ignore_merges": False,
-                      "vocab": {p.id_to_piece(i): i for i in range(count)},
-                      "merges": [f"{piece[:i]} {piece[i:]}" for _, i, _, piece in sorted(merges, reverse=True)]}}
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos, "unk_token": unk, "pad_token": unk,
-                  "padding_side": "left", "split_special_tokens": True, "clean_up_tokenization_spaces": False}
-        return {"tokenizer.json": tokenizer, "tokenizer_config.json": config}
+
+def find_tokenizer(path: Path) -> Path:
+    """Return the file itself, or a model folder's; ValueError if there is none."""
+    file = path / "tokenizer.model" if path.is_dir() else path
+    if not file.exists() and (path / "params.json").exists():
+        # Meta's download: one tokenizer beside the folders of all model sizes.
+        file = path.parent / "tokenizer.model"
+    if not file.is_file():
+        advice = "give a sentencepiece tokenizer.model or the folder that holds one"
+        raise ValueError(f"{file}: no such file; {advice}")
+    return file
 
 
 def open_tokenizer(path: Path) -> Tokenizer:
-    """Open a model folder's tokenizer; ValueError if it is no model folder, or the model has no embeddings for all of its pieces."""
+    """Open a model folder's tokenizer; ValueError if the two do not belong together."""
     if (path / "metrics.jsonl").exists():
-        raise ValueError(f"{path}: the folder of a run, not of a model: name one in it, such as {path / 'ppo'}")
-    shape, tokenizer = read_config(path), Tokenizer(path)
-    if tokenizer.vocab_size > shape.vocab_size:
-        raise ValueError(f"{path}: the tokenizer has {tokenizer.vocab_size} pieces, the model only {shape.vocab_size} embeddings: "
-                         "give it the tokenizer it was trained with, or resize it (transformers: resize_token_embeddings)")
+        advice = f"name one in it, such as {path / 'ppo'}"
+        raise ValueError(f"{path}: the folder of a run, not of a model: {advice}")
+    embeddings = read_config(path).vocab_size
+    tokenizer = Tokenizer(path)
+
+    # Fewer pieces than embeddings are fine, those are padded. More would index past the table: on
+    # a GPU that is an assertion somewhere in a kernel, long after its cause.
+    if tokenizer.vocab_size > embeddings:
+        raise ValueError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size} pieces, the model only {embeddings} "
+            "embeddings: give it the tokenizer it was trained with, or resize it (transformers: "
+            "resize_token_embeddings)"
+        )
     return tokenizer
 
 
-# ---------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 # Templates
+#
+# A dialogue as the model reads it, <s> for BOS and </s> for EOS, trained on where it is underlined:
+#
+#     plain     <s>question\nanswer</s>\nquestion\nanswer</s>
+#                            ----------            ----------
+#     llama2    <s>[INST] question [/INST] answer </s><s>[INST] question [/INST] answer </s>
+#                                         ------------                          ------------
+#
+# In the parts of a Template, llama2's turn is "[INST] question [/INST]", its `before` and its
+# `after` are a space each, and it restarts. The answer's ids include `before`, `after` and EOS.
+# A new template is its turn function and its line in TEMPLATES.
 
 class Template(NamedTuple):
-    """turn(system, user, is_first): all text between the end of one answer and the start of the next."""
+    """How a dialogue becomes text.
+
+    turn(system, user, is_first): all text between the end of one answer and the start of the next.
+    """
     turn: Callable[[str, str, bool], str]
-    before: str = ""                    # between that text and the answer: encoded with the answer, as its first word's space
-    after: str = ""                     # between the answer and eos
-    restarts: bool = False              # every turn is a sequence of its own, with bos
+    before: str = ""                    # between that text and the answer, encoded with the answer
+    after: str = ""                     # between the answer and EOS
+    restarts: bool = False              # every turn is a sequence of its own, with BOS
 
 
 def alpaca_turn(system: str, user: str, is_first: bool) -> str:
-    """Stanford Alpaca's wording, with a newline after "Response:", a border that no token can cross.
-
-    The original has one turn and no system text; here a system text replaces its preamble and turns repeat the rest.
-    """
+    """Stanford Alpaca's wording, with a newline after "Response:"."""
+    # The newline is a border that no token crosses. The original has one turn and no system text:
+    # here a system text replaces its preamble, and further turns repeat the rest.
     context = ", paired with an input that provides further context" if INPUT in user else ""
     preamble = system or (f"Below is an instruction that describes a task{context}. "
                           "Write a response that appropriately completes the request.")
@@ -166,24 +165,33 @@ def alpaca_turn(system: str, user: str, is_first: bool) -> str:
 
 def llama2_turn(system: str, user: str, is_first: bool) -> str:
     """Llama-2 chat, as in Meta's generation.py."""
+    # Meta strips the two texts together: spaces before the user's words stay after a system text.
     system = f"<<SYS>>\n{system}\n<</SYS>>\n\n" if system else ""
     return f"[INST] {(system + user).strip()} [/INST]"
 
 
 def vicuna_turn(system: str, user: str, is_first: bool) -> str:
     """Vicuna v1.1, as in FastChat's conversation.py."""
-    preamble = system or ("A chat between a curious user and an artificial intelligence assistant. "
-                          "The assistant gives helpful, detailed, and polite answers to the user's questions.")
+    preamble = system or (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant "
+        "gives helpful, detailed, and polite answers to the user's questions."
+    )
     return f"{preamble + ' ' if is_first else ''}USER: {user} ASSISTANT:"
 
 
 def plain_turn(system: str, user: str, is_first: bool) -> str:
     """The texts alone, each on lines of its own."""
-    return ("" if is_first else "\n") + (system + "\n" if system else "") + user + "\n"
+    # For models from scratch, the embedded world's: they know no wording that would tell them what
+    # a turn is, so a newline serves as well and costs one token.
+    start = "" if is_first else "\n"
+    return start + (system + "\n" if system else "") + user + "\n"
 
 
-# Meta's code ends every finished turn with a space before eos. So that space ends every llama2 answer here, the
-# last and the ranked ones included: one habit for the policy to learn, whether or not another turn follows.
+# The keys are the values of --data.template.
+#
+# Meta's code ends every finished turn with a space before EOS. So that space ends every llama2
+# answer here, the last and the ranked ones included: one habit for the policy to learn, whether or
+# not another turn follows.
 TEMPLATES = {
     "alpaca": Template(alpaca_turn),
     "llama2": Template(llama2_turn, before=" ", after=" ", restarts=True),
@@ -193,50 +201,94 @@ TEMPLATES = {
 
 
 def template_for(name: str, messages: Sequence[Message]) -> Template:
-    """Return the named template; a raw prompt's own leaves it as it is, and a space follows unless a line ends there."""
+    """Return the named template, or for a raw prompt one that leaves it as it is."""
+    # The name is checked for a raw prompt as well: a misspelt one should not wait for another row.
     if name not in TEMPLATES:
         raise ValueError(f"unknown template '{name}'; choose one of {', '.join(TEMPLATES)}")
-    if messages and messages[0].role == "raw":
-        return Template(lambda system, user, is_first: user, before="" if messages[0].content.endswith("\n") else " ")
-    return TEMPLATES[name]
+    if not messages or messages[0].role != "raw":
+        return TEMPLATES[name]
+
+    # "... Assistant:" is followed by a space and the answer, a line "### Response:" by the answer.
+    ends_a_line = messages[0].content.endswith("\n")
+    return Template(lambda system, user, is_first: user, before="" if ends_a_line else " ")
 
 
-def encode_response(tokenizer: Tokenizer, text: str, template: str, prompt: Sequence[Message] = ()) -> list[int]:
-    """Return the ids of a response as they follow its prompt's, eos included. prompt: matters if it is raw."""
-    style = template_for(template, prompt)
-    text = text.strip() if style.before else text  # where a space parts prompt and response, there is just that one
-    return [*tokenizer.encode_segment(style.before + text + style.after if text else ""), tokenizer.eos_id]
+# ------------------------------------------------------------------------------------------
+# Messages to tokens and back
+
+def split_system(messages: Sequence[Message]) -> tuple[Messages, Messages]:
+    """Return the system message, if there is one, and all others."""
+    n_system = 1 if messages[0].role == "system" else 0
+    return tuple(messages[:n_system]), tuple(messages[n_system:])
 
 
-def encode_dialogue(tokenizer: Tokenizer, messages: Sequence[Message], template: str) -> tuple[list[int], list[bool]]:
-    """Return ids and which of them are trained on: every assistant turn, its eos included.
+def encode_response(tokenizer: Tokenizer, text: str, template: str,
+                    prompt: Sequence[Message] = ()) -> list[int]:
+    """Return the ids of a response as they follow its prompt's, EOS included.
 
-    Up to each answer the ids are those of `encode_prompt`, and the answer's are those of `encode_response`.
+    prompt: the messages before it. They matter only if they are a raw prompt.
     """
+    style = template_for(template, prompt)
+
+    # Where a space parts prompt and response, there is just that one: a second one would make
+    # other tokens of the first word than the policy has learned to begin with.
+    if style.before:
+        text = text.strip()
+
+    # An empty response is its EOS alone, in every template.
+    segment = style.before + text + style.after if text else ""
+    return [*tokenizer.encode_segment(segment), tokenizer.eos_id]
+
+
+def decode_response(tokenizer: Tokenizer, ids: Sequence[int], template: str,
+                    prompt: Sequence[Message] = ()) -> str:
+    """Return the text of a response: the inverse of `encode_response`.
+
+    ids: as sampled. With EOS at their end the answer is finished, without it was cut off.
+    """
+    style = template_for(template, prompt)
+    text = tokenizer.decode_segment(ids).removeprefix(style.before)
+
+    # `after` belongs to the end of an answer. One that was cut off has not come to it, so a space
+    # where it stops is a space of its own.
+    is_finished = len(ids) > 0 and ids[-1] == tokenizer.eos_id
+    return text.removesuffix(style.after) if is_finished else text
+
+
+def encode_dialogue(tokenizer: Tokenizer, messages: Sequence[Message],
+                    template: str) -> tuple[list[int], list[bool]]:
+    """Return ids and which of them are trained on: every assistant turn, its EOS included."""
+    # Up to each answer the ids are those of `encode_prompt`, and the answer's are those of
+    # `encode_response`: SFT sees what the policy will see when it samples.
     style = template_for(template, messages)
-    has_system = messages[0].role == "system"
+    system, turns = split_system(messages)
     ids: list[int] = []
     trained: list[bool] = []
-    for n, message in enumerate(messages[has_system:]):
-        text = style.turn(messages[0].content if has_system and n == 0 else "", message.content, n == 0)
-        if message.role == "assistant":
+    for n, message in enumerate(turns):
+        is_first = n == 0
+        is_answer = message.role == "assistant"
+        if is_answer:
             part = encode_response(tokenizer, message.content, template, messages)
-        elif n == 0 or style.restarts:
-            part = [tokenizer.bos_id, *tokenizer.encode(text)]
         else:
-            part = tokenizer.encode_segment(text)
+            system_text = system[0].content if system and is_first else ""
+            text = style.turn(system_text, message.content, is_first)
+            if is_first or style.restarts:
+                part = [tokenizer.bos_id, *tokenizer.encode(text)]
+            else:
+                part = tokenizer.encode_segment(text)
         ids += part
-        trained += [message.role == "assistant"] * len(part)
+        trained += [is_answer] * len(part)
     return ids, trained
 
 
 def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message], template: str) -> list[int]:
-    """Return the ids the policy sees when it starts to answer, bos included."""
-    return encode_dialogue(tokenizer, messages, template)[0]
+    """Return the ids the policy sees when it starts to answer, BOS included."""
+    ids, _ = encode_dialogue(tokenizer, messages, template)
+    return ids
 
 
-# ---------------------------------------------------------------------------------------------
-# Lengths, and records to tokens
+# ------------------------------------------------------------------------------------------
+# Records to tokens, within a length
 
 class TokenizedDialogue(NamedTuple):
     tokens: list[int]
@@ -245,45 +297,53 @@ class TokenizedDialogue(NamedTuple):
 
 class TokenizedRanking(NamedTuple):
     prompt: list[int]
-    responses: list[list[int]]          # each with its eos, unless that was cut off
-    ranks: list[float]
+    responses: list[list[int]]          # each with its EOS, unless that was cut off
+    ranks: list[float]                  # lower is better
 
 
-def fit(tokenizer: Tokenizer, messages: Messages, template: str, max_tokens: int) -> Messages | None:
-    """Shorten a prompt or dialogue to max_tokens; None if that cannot be done.
-
-    The oldest turns go first, whole. Then the last user text loses its beginning, or if it has an Alpaca input,
-    that one does. The system text, the instruction before an input, and the last answer stay.
-    """
+def fit(tokenizer: Tokenizer, messages: Messages, template: str,
+        max_tokens: int) -> Messages | None:
+    """Shorten a prompt or dialogue to max_tokens; None if no word of the question could stay."""
+    # What goes is the beginning, never the end: an answer must follow what it answers.
     def fits(candidate: Messages) -> bool:
-        return len(encode_dialogue(tokenizer, candidate, template)[0]) <= max_tokens
+        ids, _ = encode_dialogue(tokenizer, candidate, template)
+        return len(ids) <= max_tokens
 
-    system = messages[:messages[0].role == "system"]
-    turns = messages[len(system):]
-    while len(turns) > 2 and not fits(system + turns):
+    # 1. The oldest turns go, each question with its answer. The system text stays.
+    system, turns = split_system(messages)
+    while len(turns) > 2 and not fits((*system, *turns)):
         turns = turns[2:]
-    if fits(system + turns):
-        return system + turns
+    if fits((*system, *turns)):
+        return (*system, *turns)
+
+    # 2. The last question loses its beginning. If it is Alpaca's instruction with an input, the
+    #    input does: without the instruction nobody could tell what the answer is about.
     user, *answer = turns
     instruction, joint, text = user.content.rpartition(INPUT)
 
     def without(n: int) -> Messages:
-        return (*system, Message(user.role, instruction + joint + text[n:]), *answer)
+        shorter = Message(user.role, instruction + joint + text[n:])
+        return (*system, shorter, *answer)
 
+    # By bisection, since one encoding per character of a long document would take hours.
     n = bisect.bisect_left(range(len(text)), True, key=lambda n: fits(without(n)))
-    return without(n) if n < len(text) else None
+    return without(n) if text[n:].strip() else None
 
 
 def encode_sft(records: Sequence[Dialogue], tokenizer: Tokenizer, template: str,
                max_tokens: int) -> tuple[list[TokenizedDialogue], Report]:
-    """Encode demonstrations; too long ones lose old turns and prompt text, never the end of an answer."""
-    examples, report = [], Report()
+    """Encode demonstrations; too long ones lose old turns and prompt text."""
+    # They never lose the end of an answer: a model that learns from answers without EOS does not
+    # learn to stop, and from there on every response is as long as allowed.
+    examples = []
+    report = Report()
     for record in records:
         tokens, trained = encode_dialogue(tokenizer, record.messages, template)
         if len(tokens) > max_tokens:
             messages = fit(tokenizer, record.messages, template, max_tokens)
             if messages is None:
-                report.skip(f"answer leaves no room for a prompt in {max_tokens} tokens", record.source)
+                reason = f"answer leaves no room for a prompt in {max_tokens} tokens"
+                report.skip(reason, record.source)
                 continue
             report.note(f"prompt cut to fit {max_tokens} tokens", record.source)
             tokens, trained = encode_dialogue(tokenizer, messages, template)
@@ -295,18 +355,23 @@ def encode_sft(records: Sequence[Dialogue], tokenizer: Tokenizer, template: str,
 
 def cut_ranking(record: Ranking, responses: list[list[int]], tokenizer: Tokenizer, template: str,
                 max_tokens: int) -> tuple[list[int], list[list[int]]]:
-    """Shorten the prompt that all responses share, by what the longest of them needs.
+    """Shorten a comparison, alike for all responses; Uninformative if that cannot be done."""
+    # 1. The prompt, which all responses share, gives what the longest of them needs.
+    longest = max(len(response) for response in responses)
+    messages = fit(tokenizer, record.messages, template, max_tokens - longest)
 
-    If that one leaves no room for a prompt, the prompt gets half of the tokens and all responses end where the rest
-    does, without an eos that is not theirs. Raises Uninformative if nothing is left to compare.
-    """
-    messages = fit(tokenizer, record.messages, template, max_tokens - max(map(len, responses)))
-    messages = messages or fit(tokenizer, record.messages, template, max_tokens // 2)
+    # 2. If that leaves nothing of it, it gets half of the tokens, and the responses end where the
+    #    other half does, without an EOS that is not theirs.
+    if messages is None:
+        messages = fit(tokenizer, record.messages, template, max_tokens // 2)
     if messages is None:
         raise Uninformative(f"prompt cannot be cut to fit {max_tokens} tokens")
     prompt = encode_prompt(tokenizer, messages, template)
     cut = [response[:max_tokens - len(prompt)] for response in responses]
-    if len(set(map(tuple, cut))) < len(set(map(tuple, responses))):
+
+    # 3. Responses that differ only beyond that cannot be told apart any more.
+    n_different = len({tuple(response) for response in responses})
+    if len({tuple(response) for response in cut}) < n_different:
         raise Uninformative(f"responses are equal within {max_tokens} tokens")
     return prompt, cut
 
@@ -314,18 +379,26 @@ def cut_ranking(record: Ranking, responses: list[list[int]], tokenizer: Tokenize
 def encode_rankings(records: Sequence[Ranking], tokenizer: Tokenizer, template: str,
                     max_tokens: int) -> tuple[list[TokenizedRanking], Report]:
     """Encode comparisons; what is too long is cut alike for all responses to a prompt."""
-    examples, report = [], Report()
+    examples = []
+    report = Report()
     for record in records:
+        # The reward model reads what the policy will have written: prompt, response, EOS, by the
+        # same two functions, so a score never depends on how a border was tokenized.
         prompt = encode_prompt(tokenizer, record.messages, template)
-        responses = [encode_response(tokenizer, text, template, record.messages) for text in record.responses]
-        longest = max(map(len, responses))
-        if len(prompt) + longest > max_tokens:
+        responses = [
+            encode_response(tokenizer, text, template, record.messages)
+            for text in record.responses
+        ]
+        whole = responses
+
+        # Most comparisons fit; cutting costs dozens of encodings, so it is tried only for the rest.
+        if len(prompt) + max(map(len, responses)) > max_tokens:
             try:
-                prompt, responses = cut_ranking(record, responses, tokenizer, template, max_tokens)
+                prompt, responses = cut_ranking(record, whole, tokenizer, template, max_tokens)
             except Uninformative as reason:
                 report.skip(str(reason), record.source)
                 continue
-            part = "prompt" if max(map(len, responses)) == longest else "responses"
+            part = "prompt" if responses == whole else "responses"
             report.note(f"{part} cut to fit {max_tokens} tokens", record.source)
         examples.append(TokenizedRanking(prompt, responses, list(record.ranks)))
         report.keep(len(prompt) + max(map(len, responses)))
@@ -334,61 +407,71 @@ def encode_rankings(records: Sequence[Ranking], tokenizer: Tokenizer, template: 
 
 
 def encode_prompts(records: Sequence[Prompt], tokenizer: Tokenizer, template: str, max_tokens: int,
-                   skip_bad: bool = False) -> tuple[list[list[int]], list[Prompt], Report]:
-    """Encode prompts; return them, their records, and the report.
+                   skip_bad: bool = False) -> tuple[list[Prompt], Report]:
+    """Return prompts with their ids filled in; one that is too long is a ValueError.
 
-    A prompt that is too long is never cut, since the reward of an answer to half a question would teach the wrong
-    thing: it is a ValueError, or with skip_bad it is left out.
+    skip_bad: leave it out and count it instead.
     """
-    prompts, kept, report = [], [], Report()
+    # It is never cut: the reward of an answer to half a question would teach the wrong thing.
+    prompts = []
+    report = Report()
     for record in records:
         ids = encode_prompt(tokenizer, record.messages, template)
         if len(ids) > max_tokens:
             if not skip_bad:
-                raise ValueError(f"{record.source}: a prompt of {len(ids)} tokens, longer than --data.max_prompt_tokens={max_tokens}; "
-                                 "raise that, shorten the prompt, or leave such rows out with --data.skip_bad")
+                raise ValueError(
+                    f"{record.source}: a prompt of {len(ids)} tokens, longer than "
+                    f"--data.max_prompt_tokens={max_tokens}; raise that, shorten the prompt, "
+                    "or leave such rows out with --data.skip_bad"
+                )
             report.skip(f"longer than {max_tokens} tokens", record.source)
             continue
-        prompts.append(ids)
-        kept.append(record)
+
+        # The same record, not a row of ids beside it: whoever has the ids has the text, the
+        # reference answer and the task as well, and no order of two lists can go wrong.
+        prompts.append(replace(record, ids=tuple(ids)))
         report.keep(len(ids))
     report.require_rows("prompts", "allow more tokens")
-    return prompts, kept, report
+    return prompts, report
 
 
-# ---------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 # Batches
 
 def pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Return tokens (B, T) int64, filled up with 0 on the right, and attention_mask (B, T) bool, True = real.
-
-    The filler's id means nothing, LLaMA has no pad token: only the mask tells.
-    """
-    lengths = torch.tensor([len(ids) for ids in rows], dtype=torch.int64)
-    tokens = torch.zeros(len(rows), max(map(len, rows), default=0), dtype=torch.int64)
+    """Return tokens (B, T) int64, and attention_mask (B, T) bool, True = a real token."""
+    # Rows are filled up on the right with 0, which means nothing: LLaMA has no pad token, and 0 is
+    # an id like any other. Only the mask tells.
+    lengths = torch.tensor([len(ids) for ids in rows], dtype=torch.int64)           # (B,)
+    longest = max((len(ids) for ids in rows), default=0)
+    tokens = torch.zeros(len(rows), longest, dtype=torch.int64)                     # (B, T)
     for row, ids in zip(tokens, rows):
         row[:len(ids)] = torch.tensor(ids, dtype=torch.int64)
-    return tokens, torch.arange(tokens.shape[1]) < lengths[:, None]
+
+    # (T,) < (B, 1) -> (B, T): position t of row b is real as long as t < lengths[b].
+    attention_mask = torch.arange(longest) < lengths[:, None]
+    return tokens, attention_mask
 
 
 def pad_masks(rows: Sequence[Sequence[bool]]) -> Tensor:
     """Return masks (B, T) bool, False where `pad` fills up."""
-    return pad(rows)[0].bool()
+    masks, _ = pad(rows)
+    return masks.bool()
 
 
 @lru_cache(maxsize=8)
 def epoch_order(n: int, seed: int, epoch: int) -> tuple[int, ...]:
-    """Return a permutation of range(n), a pure function of its arguments.
-
-    random() is the one method whose numbers Python promises to keep between versions, hence the sorting.
-    """
+    """Return a permutation of range(n), a pure function of its arguments."""
+    # random() is the one method whose numbers Python promises to keep between versions; shuffle's
+    # may change. So every place draws a number, and the places are sorted by theirs.
     numbers = random.Random(f"order {seed} {epoch}")
     return tuple(sorted(range(n), key=lambda _: numbers.random()))
 
 
 def batch_indices(n: int, batch_size: int, step: int, seed: int) -> list[int]:
-    """Return the global batch of an optimizer step: the next batch_size places in the row of the epochs' permutations.
-
-    Every example comes once per epoch; a batch may hold the end of one epoch and the start of the next.
-    """
-    return [epoch_order(n, seed, place // n)[place % n] for place in range(step * batch_size, (step + 1) * batch_size)]
+    """Return the global batch of an optimizer step, as indices into n examples."""
+    # The epochs' permutations stand in one endless row, and a step takes its batch_size places of
+    # it. So every example comes once per epoch, a batch may hold the end of one epoch and the start
+    # of the next, and a resumed run needs to remember nothing but its step.
+    places = range(step * batch_size, (step + 1) * batch_size)
+    return [epoch_order(n, seed, place // n)[place % n] for place in places]

@@ -1,4 +1,8 @@
-"""Rows to examples: one parser per format."""
+"""Rows to examples: one parser per format, each with the row it reads in its docstring.
+
+In the docstrings "name?" is a field that may be missing, and "a | b" is one or the other.
+A new format is a parser and its line in FORMATS, both at the end of this file.
+"""
 from __future__ import annotations
 
 import re
@@ -9,63 +13,95 @@ from formats.rows import Row, get, get_list, get_numbers, get_optional
 
 
 class Example(NamedTuple):
-    """What every format says: a prompt, responses to it, and how they rank (None: they are not compared)."""
+    """What every format says: a prompt, responses to it, and how they rank."""
     prompt: Messages
     responses: tuple[str, ...] = ()
-    ranks: tuple[float, ...] | None = None
-    flaw: str = ""                      # why the responses teach nothing; the prompt is good all the same
+    ranks: tuple[float, ...] | None = None      # lower is better; None: they are not compared
+    flaw: str = ""                              # why the responses teach nothing
 
 
-DIALOGUES = ("messages", "conversations", "conversation", "items")
-# Further tags of real files (bard, tool, developer, observation, ...) are refused: nobody can say what they mean here.
-ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
-         "chatgpt": "assistant", "raw": "raw"}
-INPUT = "\n\n### Input:\n"              # joins Alpaca's instruction and input, in its own template's words
+# Further tags of real files (bard, tool, developer, observation, ...) are refused: nobody can say
+# what they mean here.
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "raw": "raw",
+}
+DIALOGUES = ("messages", "conversations", "conversation", "items")  # fields that hold one
+REPLIES = ("response", "completion", "answer")                      # fields that hold one response
+INPUT = "\n\n### Input:\n"              # joins Alpaca's instruction and input, as in its template
 HH_ANSWER = "\n\nAssistant:"
 TEMPLATE_MARKS = ("### Response:", "[INST]", HH_ANSWER, "ASSISTANT:")
 
 
+# ------------------------------------------------------------------------------------------
+# Parts of a row
+
 def parse_message(turn: Row) -> Message:
-    """{from, value} or {role, content}; the text may come in parts: [{type: "text", text | value}, ...]."""
+    """{from, value} | {role, content}; a text may come in parts: [{type: "text", text | value}]."""
     role_name, name = ("from", "value") if "from" in turn else ("role", "content")
     role = get(turn, role_name)
     if role not in ROLES:
         raise BadRow("unknown role", f"{role!r}; known: {', '.join(ROLES)}")
     if not isinstance(turn.get(name), list):
         return Message(ROLES[role], get(turn, name))
-    parts = get_list(turn, name, dict)
-    if any(part.get("type") != "text" for part in parts):
-        raise BadRow("a message may have parts of type text only")
-    return Message(ROLES[role], "".join(get(part, "value" if "value" in part else "text") for part in parts))
+
+    text = ""
+    for part in get_list(turn, name, dict):
+        if part.get("type") != "text":
+            raise BadRow("a message may have parts of type text only")
+        text += get(part, "value" if "value" in part else "text")
+    return Message(ROLES[role], text)
 
 
 def parse_messages(row: Row, name: str) -> list[Message]:
     return [parse_message(turn) for turn in get_list(row, name, dict)]
 
 
-def make_example(prompt: Sequence[Message], responses: Sequence[str] = (), ranks: Sequence[float] | None = None,
-                 flaw: str = "") -> Example:
-    """Check a prompt's roles and texts. Nothing is mended: which turn of a broken dialogue is wrong, nobody knows."""
-    prompt = tuple(message for message in prompt if message.role != "system" or message.content.strip())
-    if not re.fullmatch("s?u(au)*|r", "".join(message.role[0] for message in prompt)):
+def make_example(
+    prompt: Sequence[Message],
+    responses: Sequence[str] = (),
+    ranks: Sequence[float] | None = None,
+    flaw: str = "",
+) -> Example:
+    """Check a prompt's roles and texts; an empty system text is none.
+
+    Nothing is mended: which turn of a broken dialogue is wrong, nobody knows.
+    """
+    prompt = tuple(message for message in prompt if is_said(message))
+    initials = "".join(message.role[0] for message in prompt)  # of "suau": system, user, ...
+    if not re.fullmatch("s?u(au)*|r", initials):
         roles = ", ".join(message.role for message in prompt) or "none"
-        raise BadRow("roles must be: system if any, then user and assistant in turn", f"got {roles}")
+        rule = "roles must be: system if any, then user and assistant in turn"
+        raise BadRow(rule, f"got {roles}")
     if not all(message.content.strip() for message in prompt):
         raise BadRow("empty message in the prompt")
     return Example(prompt, tuple(responses), None if ranks is None else tuple(ranks), flaw)
 
 
+def is_said(message: Message) -> bool:
+    return message.role != "system" or bool(message.content.strip())
+
+
 def split_answer(turns: Sequence[Message], flaw: str = "") -> Example:
-    """Take a last assistant turn as the response to all before it; a dialogue that ends with the user is a prompt."""
+    """Take a last assistant turn as the response to all before it.
+
+    A dialogue that ends with the user is a prompt without response.
+    """
     if turns and turns[-1].role == "assistant":
         return make_example(turns[:-1], [turns[-1].content], flaw=flaw)
     return make_example(turns, flaw=flaw)
 
 
 def text_prompt(text: str) -> Message:
-    """Return a prompt string as what it is: a user's words, or a prompt that somebody put into a template already.
+    """Return a prompt string as what it is: a user's words, or a prompt already in a template.
 
-    Trailing spaces of the latter go: with them, the border to the response would lie inside its first word.
+    Trailing spaces of the latter go: with them, the border to the response would lie inside its
+    first word.
     """
     is_raw = any(mark in text for mark in TEMPLATE_MARKS)
     return Message("raw", text.rstrip(" ")) if is_raw else Message("user", text)
@@ -73,80 +109,103 @@ def text_prompt(text: str) -> Message:
 
 def alpaca_prompt(row: Row) -> list[Message]:
     """{instruction, input?, system?, history?: [[user, assistant], ...]}."""
-    instruction, extra = get(row, "instruction"), get_optional(row, "input")
+    instruction = get(row, "instruction")
+    extra = get_optional(row, "input")
     if not instruction.strip():
         raise BadRow("field 'instruction' is empty")
+
     turns = [Message("system", get_optional(row, "system"))]
     for pair in row.get("history") or []:
         if not isinstance(pair, list) or [type(text) for text in pair] != [str, str]:
             raise BadRow("field 'history' must be a list of [user, assistant] strings")
-        turns += [Message("user", pair[0]), Message("assistant", pair[1])]
+        question, answer = pair
+        turns += [Message("user", question), Message("assistant", answer)]
     return [*turns, Message("user", instruction + INPUT + extra if extra else instruction)]
 
 
 def any_prompt(row: Row) -> list[Message]:
-    """Return the prompt that goes with one response or with several, in whichever field it is; [] if there is none."""
+    """{prompt: text | messages} | {instruction, ...} | {question} | {messages | ..., system?}.
+
+    Returns [] if there is none of them: HH-RLHF has the prompt inside its responses.
+    """
     if "prompt" in row:
-        return parse_messages(row, "prompt") if isinstance(row["prompt"], list) else [text_prompt(get(row, "prompt"))]
+        is_list = isinstance(row["prompt"], list)
+        return parse_messages(row, "prompt") if is_list else [text_prompt(get(row, "prompt"))]
     if "instruction" in row:
         return alpaca_prompt(row)
     if "question" in row:
         return [Message("user", get(row, "question"))]
-    system = Message("system", get_optional(row, "system"))
-    return next(([system, *parse_messages(row, name)] for name in DIALOGUES if name in row), [])
+    for name in DIALOGUES:
+        if name in row:
+            return [Message("system", get_optional(row, "system")), *parse_messages(row, name)]
+    return []
 
 
 def read_reply(prompt: list[Message], row: Row, name: str) -> tuple[list[Message], str]:
-    """Return prompt and response of a field that holds a string, a message, messages that continue the prompt,
-    or the whole dialogue, prompt included (as messages, or as HH-RLHF's text)."""
+    """Return prompt and response of a field in any of the ways that people write it.
+
+    "A" | {role, content} | [messages that continue the prompt] | [the whole dialogue], or, where
+    the row has no prompt, HH-RLHF's "\\n\\nHuman: Q\\n\\nAssistant: A".
+    """
     value = row.get(name)
     if isinstance(value, (list, dict)):
         turns = parse_messages({name: value if isinstance(value, list) else [value]}, name)
         if not turns or turns[-1].role != "assistant":
             raise BadRow(f"field '{name}' must end with a message of the assistant")
-        turns = prompt + turns if turns[0].role == "assistant" else turns
-        return turns[:-1], turns[-1].content
+        continues_prompt = turns[0].role == "assistant"
+        *before, answer = prompt + turns if continues_prompt else turns
+        return before, answer.content
+
+    text = get(row, name)
     if prompt:
-        return prompt, get(row, name)
-    # HH-RLHF. Its turns stay text: replies quote "\n\nHuman:", so splitting there would invent turns.
-    before, mark, reply = get(row, name).rpartition(HH_ANSWER)
+        return prompt, text
+
+    # HH-RLHF. Its turns stay text: replies quote "\n\nHuman:", so splitting there would invent
+    # turns. Only the last "Assistant:" is known to be a border.
+    question, mark, answer = text.rpartition(HH_ANSWER)
     if not mark:
         raise BadRow(f"no prompt: neither a field 'prompt' nor {HH_ANSWER!r} in '{name}'")
-    return [Message("raw", before + mark)], reply.removeprefix(" ")
+    return [Message("raw", question + mark)], answer.removeprefix(" ")
 
 
-def parse_alpaca(row: Row) -> Iterator[Example]:
-    """{instruction, ..., output?}; Alpaca-farm's output is a list of samples that nobody ranked."""
-    is_list = isinstance(row.get("output"), list)
-    responses = get_list(row, "output", str) if is_list else [get(row, "output")] if "output" in row else []
-    yield make_example(alpaca_prompt(row), responses)
+def ranks_of(scores: Sequence[float]) -> list[float]:
+    """Return ranks as in a competition: 1 for the highest score, equal ranks for equal scores."""
+    return [1 + sum(other > score for other in scores) for score in scores]
 
 
-def parse_instances(row: Row) -> Iterator[Example]:
-    """Self-instruct: {instruction, instances: [{input, output}, ...]}."""
-    for instance in get_list(row, "instances", dict):
-        yield from parse_alpaca({**instance, "instruction": get(row, "instruction")})
+def contradict(ranks: Sequence[float], others: Sequence[float]) -> bool:
+    """Tell whether two orders disagree on a pair; a tie in one of them agrees with anything."""
+    for i in range(len(ranks)):
+        for j in range(i):
+            if (ranks[i] - ranks[j]) * (others[i] - others[j]) < 0:
+                return True
+    return False
 
 
-def parse_dialogue(row: Row) -> Iterator[Example]:
-    """ShareGPT, OpenAI: {messages | conversations | conversation | items: [...], system?}; KTO: label?."""
-    flaw = "marked as undesirable (label: false)" if row.get("label") is False else ""
-    yield split_answer(any_prompt({name: row[name] for name in row if name in (*DIALOGUES, "system")}), flaw)
+def get_preference(row: Row) -> float | None:
+    """{preference?: null | number}: AlpacaEval's judgment between output 1 and output 2.
+
+    Returns: 1 or 2, the output that wins, or between them the judge's belief in output 2. 1.5 is
+    a tie (written 0 in older files); None is not annotated.
+    """
+    preference = row.get("preference")
+    if preference is None:
+        return None
+    is_number = type(preference) in (int, float)
+    if not is_number or (preference != 0 and not 1 <= preference <= 2):
+        rule = "field 'preference' must be null, 0 or a number from 1 to 2"
+        raise BadRow(rule, f"got {preference!r}")
+    return preference or 1.5
 
 
-def parse_prompt_response(row: Row) -> Iterator[Example]:
-    """{prompt, response? | completion?}, {question, answer?}; strings or message lists."""
-    prompt = any_prompt(row)
-    name = next((name for name in ("response", "completion", "answer") if name in row), None)
-    if name is None:
-        yield split_answer(prompt)
-    else:
-        turns, response = read_reply(prompt, row, name)
-        yield make_example(turns, [response])
-
+# ------------------------------------------------------------------------------------------
+# Comparisons
 
 def parse_pair(row: Row) -> Iterator[Example]:
-    """HH-RLHF, TRL, UltraFeedback-binarized, LLaMA-Factory: {chosen, rejected} or {chosen_messages, ...}, any prompt?."""
+    """{chosen, rejected, any prompt?} | {chosen_messages, rejected_messages}.
+
+    HH-RLHF, TRL, UltraFeedback-binarized, LLaMA-Factory. Replies: see `read_reply`.
+    """
     suffix = "_messages" if "chosen_messages" in row or "rejected_messages" in row else ""
     prompt = [] if suffix else any_prompt(row)
     chosen_prompt, chosen = read_reply(prompt, row, "chosen" + suffix)
@@ -156,65 +215,123 @@ def parse_pair(row: Row) -> Iterator[Example]:
     yield make_example(chosen_prompt, [chosen, rejected], [1, 2])
 
 
-def get_preference(row: Row) -> float | None:
-    """Return AlpacaEval's judgment: the output that wins, 1 or 2, or between them the judge's belief in output 2.
-
-    1.5 is a tie (0 in older files); None is not annotated.
-    """
-    preference = row.get("preference")
-    if preference is not None and (type(preference) not in (int, float) or preference != 0 and not 1 <= preference <= 2):
-        raise BadRow("field 'preference' must be null, 0 or a number from 1 to 2", f"got {preference!r}")
-    return preference if preference is None else preference or 1.5
-
-
 def parse_alpaca_eval(row: Row) -> Iterator[Example]:
-    """{instruction, output_1, output_2, preference}: see get_preference."""
+    """{instruction, output_1, output_2, preference}: see `get_preference`."""
     preference = get_preference(row)
     flaw = "not annotated (preference: null)" if preference is None else ""
-    preference = preference or 1.5
-    ranks = [1, 1] if preference == 1.5 else [1, 2] if preference < 1.5 else [2, 1]
-    yield make_example(alpaca_prompt(row), [get(row, "output_1"), get(row, "output_2")], ranks, flaw)
-
-
-def ranks_of(scores: Sequence[float]) -> list[float]:
-    """Return ranks as in a competition: 1 for the highest score, equal ranks for equal scores."""
-    return [1 + sum(other > score for other in scores) for score in scores]
+    if preference is None or preference == 1.5:
+        ranks = [1, 1]
+    elif preference < 1.5:
+        ranks = [1, 2]
+    else:
+        ranks = [2, 1]
+    responses = [get(row, "output_1"), get(row, "output_2")]
+    yield make_example(alpaca_prompt(row), responses, ranks, flaw)
 
 
 def parse_ranked(row: Row) -> Iterator[Example]:
-    """{any prompt, responses: [...], scores (higher is better) and/or ranks (lower is better)}."""
+    """{any prompt, responses: [...], scores?: higher is better, ranks?: lower is better}."""
     responses = get_list(row, "responses", str)
-    orders = [ranks_of(get_numbers(row, "scores"))] if row.get("scores") is not None else []
-    orders += [get_numbers(row, "ranks")] if row.get("ranks") is not None else []
+    orders = []
+    if row.get("scores") is not None:
+        orders.append(ranks_of(get_numbers(row, "scores")))
+    if row.get("ranks") is not None:
+        orders.append(get_numbers(row, "ranks"))
     if not responses or not orders:
-        raise BadRow("'responses' and their 'ranks' or 'scores' are needed", f"keys: {', '.join(row)}")
+        rule = "'responses' and their 'ranks' or 'scores' are needed"
+        raise BadRow(rule, f"keys: {', '.join(row)}")
     if any(len(order) != len(responses) for order in orders):
         raise BadRow("not as many ranks or scores as responses")
-    a, b = orders[0], orders[-1]
-    if any((a[i] - a[j]) * (b[i] - b[j]) < 0 for i in range(len(a)) for j in range(i)):
+    if contradict(orders[0], orders[-1]):
         raise BadRow("ranks and scores contradict each other")
-    yield make_example(any_prompt(row), responses, b)
+    yield make_example(any_prompt(row), responses, orders[-1])
 
 
 def parse_ultrafeedback(row: Row) -> Iterator[Example]:
-    """{instruction, completions: [{response, fine-grained_score, overall_score}, ...]}.
+    """{instruction, completions: [{response, fine-grained_score?, overall_score?}, ...]}.
 
-    The fine-grained score, a mean over four aspects, goes first: overall scores of 1 were published as 10.
+    The fine-grained score, a mean over four aspects, goes first: overall scores of 1 were
+    published as 10.
     """
     completions = get_list(row, "completions", dict)
-    name = "fine-grained_score" if all(c.get("fine-grained_score") is not None for c in completions) else "overall_score"
-    flaw = "not annotated (a completion without score)" if any(c.get(name) is None for c in completions) else ""
-    scores = get_numbers({name: [c.get(name) or 0 for c in completions]}, name)
-    yield make_example(alpaca_prompt(row), [get(c, "response") for c in completions], ranks_of(scores), flaw)
+    responses = [get(completion, "response") for completion in completions]
+    name = "fine-grained_score"
+    if any(completion.get(name) is None for completion in completions):
+        name = "overall_score"
+
+    values = [completion.get(name) for completion in completions]
+    flaw = "not annotated (a completion without score)" if None in values else ""
+    scores = get_numbers({name: [value or 0 for value in values]}, name)
+    yield make_example(alpaca_prompt(row), responses, ranks_of(scores), flaw)
 
 
-# A row belongs to the first group that knows one of its fields. Two formats of one group are ambiguous.
+# ------------------------------------------------------------------------------------------
+# Demonstrations and prompts
+
+def parse_alpaca(row: Row) -> Iterator[Example]:
+    """{instruction, input?, system?, history?, output?: text | [text, ...]}.
+
+    Alpaca-farm's output is a list of samples that nobody ranked.
+    """
+    if isinstance(row.get("output"), list):
+        responses = get_list(row, "output", str)
+    else:
+        responses = [get(row, "output")] if "output" in row else []
+    yield make_example(alpaca_prompt(row), responses)
+
+
+def parse_instances(row: Row) -> Iterator[Example]:
+    """{instruction, instances: [{input, output}, ...]}: self-instruct."""
+    for instance in get_list(row, "instances", dict):
+        yield from parse_alpaca({**instance, "instruction": get(row, "instruction")})
+
+
+def parse_dialogue(row: Row) -> Iterator[Example]:
+    """{messages | conversations | conversation | items: [...], system?, label?}.
+
+    ShareGPT, OpenAI; the label is KTO's.
+    """
+    flaw = "marked as undesirable (label: false)" if row.get("label") is False else ""
+    dialogue = {name: row[name] for name in row if name in (*DIALOGUES, "system")}
+    yield split_answer(any_prompt(dialogue), flaw)
+
+
+def parse_prompt_response(row: Row) -> Iterator[Example]:
+    """{prompt: text | messages, response? | completion? | answer?} | {question, answer?}."""
+    prompt = any_prompt(row)
+    replies = [name for name in REPLIES if name in row]
+    if replies:
+        turns, response = read_reply(prompt, row, replies[0])
+        yield make_example(turns, [response])
+    else:
+        yield split_answer(prompt)
+
+
+# ------------------------------------------------------------------------------------------
+# The formats: which field tells which
+
+# A row belongs to the first group that knows one of its fields, as a comparison names its prompt
+# in the fields of a demonstration. Two formats of one group are ambiguous.
 FORMATS: tuple[dict[str, Callable[[Row], Iterator[Example]]], ...] = (
-    {"chosen": parse_pair, "rejected": parse_pair, "chosen_messages": parse_pair, "rejected_messages": parse_pair,
-     "output_1": parse_alpaca_eval, "output_2": parse_alpaca_eval,
-     "responses": parse_ranked, "completions": parse_ultrafeedback},
-    {"instances": parse_instances, **dict.fromkeys(DIALOGUES, parse_dialogue)},
-    {"instruction": parse_alpaca, "prompt": parse_prompt_response, "question": parse_prompt_response},
+    {
+        "chosen": parse_pair,
+        "rejected": parse_pair,
+        "chosen_messages": parse_pair,
+        "rejected_messages": parse_pair,
+        "output_1": parse_alpaca_eval,
+        "output_2": parse_alpaca_eval,
+        "responses": parse_ranked,
+        "completions": parse_ultrafeedback,
+    },
+    {
+        "instances": parse_instances,
+        **dict.fromkeys(DIALOGUES, parse_dialogue),
+    },
+    {
+        "instruction": parse_alpaca,
+        "prompt": parse_prompt_response,
+        "question": parse_prompt_response,
+    },
 )
 
 
@@ -223,7 +340,8 @@ def parse_example(row: Row) -> Iterator[Example]:
     for group in FORMATS:
         known = [name for name in group if name in row]
         if len({group[name] for name in known}) > 1:
-            raise BadRow("ambiguous fields", f"keep one of {', '.join(known)}; keys: {', '.join(row)}")
+            keys = f"keep one of {', '.join(known)}; keys: {', '.join(row)}"
+            raise BadRow("ambiguous fields", keys)
         if known:
             return group[known[0]](row)
     raise BadRow("unknown fields", f"keys: {', '.join(row) or 'none'}")

@@ -6,11 +6,26 @@ from pathlib import Path
 from typing import Any, Callable, Iterator, Sequence
 
 from formats.parsers import TEMPLATE_MARKS, Example, parse_example
-from formats.records import BadRow, Dialogue, Message, Prompt, Ranking, Record, Report, Uninformative
+from formats.records import (
+    BadRow,
+    Dialogue,
+    Message,
+    Prompt,
+    Ranking,
+    Record,
+    Report,
+    Uninformative,
+)
 from formats.rows import parse_row, read_rows
 
+Make = Callable[[Example, str], Record]     # (example, source) -> the record of one stage
+
+
+# ------------------------------------------------------------------------------------------
+# What each stage takes
 
 def to_dialogue(example: Example, source: str) -> Dialogue:
+    """Keep what a demonstration is: one answer, that nobody marked as bad."""
     if example.flaw:
         raise Uninformative(example.flaw)
     if example.ranks is not None:
@@ -19,17 +34,20 @@ def to_dialogue(example: Example, source: str) -> Dialogue:
         raise BadRow("no answer to learn from: no field has it, or the dialogue ends with the user")
     if len(example.responses) > 1:
         raise BadRow("several answers that nobody ranked; keep one")
-    if not example.responses[0].strip():
+
+    [answer] = example.responses
+    if not answer.strip():
         raise BadRow("empty answer")
-    return Dialogue((*example.prompt, Message("assistant", example.responses[0])), source)
+    return Dialogue((*example.prompt, Message("assistant", answer)), source)
 
 
 def to_ranking(example: Example, source: str) -> Ranking:
-    """Keep what a reward model can learn from: at least two different responses that are not all tied."""
+    """Keep what a reward model can learn from: two different responses or more, not all tied."""
     if example.flaw:
         raise Uninformative(example.flaw)
     if example.ranks is None:
         raise BadRow("nothing is compared: no 'chosen' and 'rejected', no 'ranks', no 'scores'")
+
     texts = [text.strip() for text in example.responses]
     if len(texts) < 2:
         raise Uninformative("one response")
@@ -43,23 +61,32 @@ def to_ranking(example: Example, source: str) -> Ranking:
 
 
 def to_prompt(example: Example, source: str) -> Prompt:
+    """Keep the prompt; a single answer that is no sample out of several is its reference answer."""
     has_answer = example.ranks is None and len(example.responses) == 1
     return Prompt(example.prompt, source, example.responses[0] if has_answer else None)
 
 
+# ------------------------------------------------------------------------------------------
+# Files
+
 def notes_on(record: Record) -> Iterator[str]:
     """Yield what a reader of the report should know about a record that is kept."""
+    texts = [message.content for message in record.messages]
     if record.messages[0].role == "raw":
         yield "already in a template, left as they are"
-    elif any(mark in message.content for message in record.messages for mark in TEMPLATE_MARKS):
+    elif any(mark in text for text in texts for mark in TEMPLATE_MARKS):
         yield "with a template's marks in the text"
     if isinstance(record, Ranking) and not all(text.strip() for text in record.responses):
         yield "with an empty response"
 
 
-def read_file(path: str | Path, make: Callable[[Example, str], Record], skip_bad: bool) -> tuple[list[Any], Report]:
-    """Return a file's usable rows as records; ValueError for the first bad row (unless skip_bad) and if none is usable."""
-    records, report = [], Report()
+def read_file(path: str | Path, make: Make, skip_bad: bool) -> tuple[list[Any], Report]:
+    """Return a file's usable rows as records.
+
+    ValueError for the first bad row (unless skip_bad), and if no row is usable.
+    """
+    records = []
+    report = Report()
     for source, raw in read_rows(path):
         try:
             made = [make(example, source) for example in parse_example(parse_row(raw))]
@@ -67,10 +94,12 @@ def read_file(path: str | Path, make: Callable[[Example, str], Record], skip_bad
             report.skip(str(reason), source)
         except BadRow as fault:
             if not skip_bad:
-                raise ValueError(f"{source}: {fault}; mend the row, or leave such rows out with --data.skip_bad") from None
-            report.skip(fault.args[0], source)
+                advice = "mend the row, or leave such rows out with --data.skip_bad"
+                raise ValueError(f"{source}: {fault}; {advice}") from None
+            report.skip(fault.reason, source)
         else:
             records += made
+
     for record in records:
         report.keep()
         for note in notes_on(record):
@@ -79,13 +108,17 @@ def read_file(path: str | Path, make: Callable[[Example, str], Record], skip_bad
     return records, report
 
 
-def read_files(paths: Sequence[str | Path], make: Callable[[Example, str], Record], skip_bad: bool) -> tuple[list[Any], Report]:
+def read_files(
+    paths: Sequence[str | Path], make: Make, skip_bad: bool
+) -> tuple[list[Any], Report]:
     """Read files in order, and count what occurs more than once in them."""
-    records, total = [], Report()
+    records = []
+    total = Report()
     for path in [paths] if isinstance(paths, (str, Path)) else paths:
         rows, report = read_file(path, make, skip_bad)
         records += rows
         total.add(report)
+
     seen: set[Record] = set()
     for record in records:
         content = replace(record, source="")
@@ -95,16 +128,22 @@ def read_files(paths: Sequence[str | Path], make: Callable[[Example, str], Recor
     return records, total
 
 
-def read_dialogues(paths: Sequence[str | Path], skip_bad: bool = False) -> tuple[list[Dialogue], Report]:
+def read_dialogues(
+    paths: Sequence[str | Path], skip_bad: bool = False
+) -> tuple[list[Dialogue], Report]:
     """Read demonstrations for supervised fine-tuning: any format with one response per prompt."""
     return read_files(paths, to_dialogue, skip_bad)
 
 
-def read_rankings(paths: Sequence[str | Path], skip_bad: bool = False) -> tuple[list[Ranking], Report]:
+def read_rankings(
+    paths: Sequence[str | Path], skip_bad: bool = False
+) -> tuple[list[Ranking], Report]:
     """Read comparisons for the reward model: pairs and ranked lists."""
     return read_files(paths, to_ranking, skip_bad)
 
 
-def read_prompts(paths: Sequence[str | Path], skip_bad: bool = False) -> tuple[list[Prompt], Report]:
+def read_prompts(
+    paths: Sequence[str | Path], skip_bad: bool = False
+) -> tuple[list[Prompt], Report]:
     """Read prompts for PPO: the prompt part of any format."""
     return read_files(paths, to_prompt, skip_bad)

@@ -3,11 +3,12 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Sequence
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. A message of role "raw" is a whole prompt that already is in some template and stays as it is."""
+    """One turn. Role "raw": a whole prompt that already is in some template and stays as it is."""
     role: str                           # system | user | assistant | raw
     content: str
 
@@ -15,9 +16,19 @@ class Message:
 Messages = tuple[Message, ...]          # system?, user, assistant, user, ...; or raw, assistant?
 
 
+def dialogue_text(messages: Sequence[Message]) -> str:
+    """Return messages as people read them: the one text, or every text with its role in front."""
+    if len(messages) == 1:
+        return messages[0].content
+    return "\n\n".join(f"{message.role}: {message.content}" for message in messages)
+
+
 @dataclass(frozen=True)
 class Dialogue:
-    """A demonstration; the last message is the assistant's. source: "file:line", or "file:row N" of a JSON array."""
+    """A demonstration; the last message is the assistant's.
+
+    source: "file:line", or "file:row N" of a JSON array.
+    """
     messages: Messages
     source: str
 
@@ -33,10 +44,22 @@ class Ranking:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt to answer. answer: the reference answer where the file has one, to be shown, not learned."""
+    """A prompt to answer: one record from the file to the evaluation.
+
+    answer: the reference answer where there is one, to be shown and judged by, never learned.
+    task: "" for the domain itself, else the name of a general task.
+    ids: the tokens that the model reads; () until `data.encode_prompts` fills them in.
+    """
     messages: Messages
     source: str
     answer: str | None = None
+    task: str = ""
+    ids: tuple[int, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """The whole dialogue as people read it."""
+        return dialogue_text(self.messages)
 
 
 Record = Dialogue | Ranking | Prompt
@@ -49,11 +72,13 @@ class Report:
     skipped: Counter[str] = field(default_factory=Counter)      # reason -> rows
     noted: Counter[str] = field(default_factory=Counter)        # kept, but worth a look -> rows
     first: dict[str, str] = field(default_factory=dict)         # reason -> source of its first row
-    tokens: int = 0                                             # of all that was kept, once it is encoded
-    longest: int = 0
+    tokens: int = 0                                             # of all that was kept and encoded
+    longest: int = 0                                            # of these [tokens]
 
     def keep(self, tokens: int = 0) -> None:
-        self.kept, self.tokens, self.longest = self.kept + 1, self.tokens + tokens, max(self.longest, tokens)
+        self.kept += 1
+        self.tokens += tokens
+        self.longest = max(self.longest, tokens)
 
     def skip(self, reason: str, source: str) -> None:
         self.skipped[reason] += 1
@@ -64,17 +89,22 @@ class Report:
         self.first.setdefault(reason, source)
 
     def describe(self, reasons: Counter[str]) -> str:
-        return ", ".join(f"{n} {reason} (first {self.first[reason]})" for reason, n in reasons.most_common())
+        return ", ".join(
+            f"{n} {reason} (first {self.first[reason]})" for reason, n in reasons.most_common()
+        )
 
     def __str__(self) -> str:
         parts = [f"kept {self.kept} of {self.kept + self.skipped.total()}"]
-        parts += [f"skipped {self.describe(self.skipped)}"] * bool(self.skipped)
-        parts += [f"noted {self.describe(self.noted)}"] * bool(self.noted)
+        if self.skipped:
+            parts.append(f"skipped {self.describe(self.skipped)}")
+        if self.noted:
+            parts.append(f"noted {self.describe(self.noted)}")
         if self.tokens:
             parts.append(f"tokens: mean {self.tokens / self.kept:.0f}, longest {self.longest}")
         return "; ".join(parts)
 
     def add(self, other: Report) -> None:
+        """Count a later file's rows too; where both know a reason, the first source stays."""
         self.kept += other.kept
         self.skipped += other.skipped
         self.noted += other.noted
@@ -84,15 +114,16 @@ class Report:
         """Raise ValueError if nothing was kept."""
         if not self.kept:
             reasons = self.describe(self.skipped) or "it is empty"
-            raise ValueError(f"{where}: 0 usable rows of {self.skipped.total()} ({reasons}); {advice}")
+            rows = self.skipped.total()
+            raise ValueError(f"{where}: 0 usable rows of {rows} ({reasons}); {advice}")
 
 
 class BadRow(Exception):
-    """A malformed row: the kind of fault, which reports count, and details of this one."""
+    """A malformed row. reason: the kind of fault, which reports count; detail: this one's own."""
 
-    def __str__(self) -> str:
-        reason, *details = self.args
-        return f"{reason} ({', '.join(map(str, details))})" if details else reason
+    def __init__(self, reason: str, detail: object = "") -> None:
+        super().__init__(f"{reason} ({detail})" if detail else reason)
+        self.reason = reason
 
 
 class Uninformative(Exception):

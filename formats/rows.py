@@ -1,4 +1,4 @@
-"""Files to rows: JSON arrays and JSON lines, plain or gzipped, checked for what JSON lets through."""
+"""Files to rows: JSON arrays and JSON lines, plain or gzipped, checked for JSON's own traps."""
 from __future__ import annotations
 
 import codecs
@@ -12,14 +12,39 @@ from typing import Any, Iterator
 
 from formats.records import BadRow
 
+Row = dict[str, Any]
+
+KINDS = {
+    str: "a string",
+    list: "a list",
+    dict: "an object",
+    bool: "a boolean",
+    int: "a number",
+    float: "a number",
+    type(None): "null",
+}
+
+
+def kind_of(value: Any) -> str:
+    return KINDS[type(value)]
+
+
+# ------------------------------------------------------------------------------------------
+# Files
 
 class DuplicateKey(str):
-    """Stands for an object that names this key twice (json alone keeps the last), until its row is checked."""
+    """Stands for an object that names this key twice, until its row is checked.
+
+    json alone keeps the last value and says nothing.
+    """
 
 
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any] | DuplicateKey:
+def unique_keys(pairs: list[tuple[str, Any]]) -> Row | DuplicateKey:
     counts = Counter(key for key, _ in pairs)
-    return dict(pairs) if len(counts) == len(pairs) else DuplicateKey(counts.most_common(1)[0][0])
+    if len(counts) == len(pairs):
+        return dict(pairs)
+    most_common_key, _ = counts.most_common(1)[0]
+    return DuplicateKey(most_common_key)
 
 
 def load_json(content: bytes) -> Any:
@@ -27,7 +52,7 @@ def load_json(content: bytes) -> Any:
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """Return a file's content, unzipped, without byte order mark."""
+    """Return a file's content, unzipped, without byte order mark; ValueError names the file."""
     try:
         content = Path(path).read_bytes()
         if content.startswith(b"\x1f\x8b"):
@@ -37,72 +62,95 @@ def read_bytes(path: str | Path) -> bytes:
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}; check the path") from None
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise ValueError(f"{path}:1: UTF-16, not UTF-8; convert it with: iconv -f UTF-16 -t UTF-8")
+        advice = "convert it with: iconv -f UTF-16 -t UTF-8"
+        raise ValueError(f"{path}:1: UTF-16, not UTF-8; {advice}")
     return content.removeprefix(codecs.BOM_UTF8)
 
 
-def read_rows(path: str | Path) -> Iterator[tuple[str, Any]]:
-    """Yield (source, row) of a JSON array, of {"data": [...]} or {"examples": [...]}, or of JSON lines.
+def load_whole(path: str | Path, content: bytes) -> Any:
+    """Return a file's content as one JSON value; None if it is none, as JSON lines are.
 
-    A line stays bytes, so that a broken line is one bad row. A broken array has no rows to tell apart: ValueError.
+    A broken array has no rows to tell apart, so that is a ValueError with the line.
+    """
+    try:
+        return load_json(content)
+    except (ValueError, RecursionError) as error:
+        # JSON lines come here too, with "Extra data" right after their first row.
+        is_array = content.lstrip().startswith(b"[") and getattr(error, "msg", "") != "Extra data"
+        if not is_array:
+            return None
+        before = content[:error.start] if isinstance(error, UnicodeDecodeError) else b""
+        line = getattr(error, "lineno", before.count(b"\n") + 1)
+        problem = f"broken JSON array ({error}); was the file cut off?"
+        raise ValueError(f"{path}:{line}: {problem}") from None
+
+
+def read_rows(path: str | Path) -> Iterator[tuple[str, Any]]:
+    """Yield (source, row) of an array, of {"data": [...]} or {"examples": [...]}, or of JSON lines.
+
+    A line stays bytes until `parse_row`, so that a broken line is one bad row and not a bad file.
     """
     content = read_bytes(path)
-    try:
-        whole = load_json(content)
-    except (ValueError, RecursionError) as error:  # JSON lines come here with "Extra data", right after their first row
-        whole = None
-        if content.lstrip().startswith(b"[") and getattr(error, "msg", "") != "Extra data":
-            before = content[:error.start] if isinstance(error, UnicodeDecodeError) else b""
-            line = getattr(error, "lineno", before.count(b"\n") + 1)
-            raise ValueError(f"{path}:{line}: broken JSON array ({error}); was the file cut off?") from None
+    whole = load_whole(path, content)
     if isinstance(whole, dict):
         whole = whole.get("data", whole.get("examples"))
     if isinstance(whole, list):
-        yield from ((f"{path}:row {n}", row) for n, row in enumerate(whole, 1))
-    else:
-        yield from ((f"{path}:{n}", line) for n, line in enumerate(content.split(b"\n"), 1) if line.strip())
+        for number, row in enumerate(whole, 1):
+            yield f"{path}:row {number}", row
+        return
 
+    # At "\n" alone: other separators that Python knows (U+2028, form feed) may stand in a text.
+    for number, line in enumerate(content.split(b"\n"), 1):
+        if line.strip():
+            yield f"{path}:{number}", line
+
+
+# ------------------------------------------------------------------------------------------
+# Rows
 
 def check_values(value: Any) -> None:
-    """Reject what json lets through and what would surface far from here: an error in sentencepiece, a NaN loss."""
+    """Raise BadRow for what json lets through and what would surface far from here.
+
+    A lone surrogate is an error in sentencepiece, a NaN score a NaN loss.
+    """
     if isinstance(value, DuplicateKey):
         raise BadRow("duplicate key", repr(str(value)))
     if isinstance(value, str):
         try:
             value.encode("utf-8")
         except UnicodeEncodeError:
-            raise BadRow("lone surrogate escape in a string")
+            raise BadRow("lone surrogate escape in a string") from None
     if isinstance(value, float) and not math.isfinite(value):
         raise BadRow("NaN or Infinity")
-    for item in [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ():
-        check_values(item)
+
+    parts: list[Any] = []
+    if isinstance(value, dict):
+        parts = [*value, *value.values()]
+    elif isinstance(value, list):
+        parts = value
+    for part in parts:
+        check_values(part)
 
 
-def parse_row(raw: Any) -> dict[str, Any]:
-    """Return a row as an object whose values are all sound."""
+def parse_row(raw: Any) -> Row:
+    """Return a row as an object whose values are all sound; raw: bytes of a line, or a value."""
     if isinstance(raw, bytes):
         try:
             raw = load_json(raw)
         except UnicodeDecodeError as error:
-            raise BadRow("not UTF-8", f"byte {error.start + 1} of the line")
+            raise BadRow("not UTF-8", f"byte {error.start + 1} of the line") from None
         except json.JSONDecodeError as error:
-            raise BadRow("broken JSON", f"column {error.colno}: {error.msg}")
+            raise BadRow("broken JSON", f"column {error.colno}: {error.msg}") from None
         except (ValueError, RecursionError) as error:
-            raise BadRow("broken JSON", error)
+            raise BadRow("broken JSON", error) from None
     check_values(raw)
     if not isinstance(raw, dict):
         raise BadRow("not a JSON object", f"got {kind_of(raw)}")
     return raw
 
 
-Row = dict[str, Any]
-KINDS = {str: "a string", list: "a list", dict: "an object", bool: "a boolean", int: "a number", float: "a number",
-         type(None): "null"}
-
-
-def kind_of(value: Any) -> str:
-    return KINDS[type(value)]
-
+# ------------------------------------------------------------------------------------------
+# Fields
 
 def get(row: Row, name: str, kind: type = str) -> Any:
     """Return a field that must be there and of one type."""
@@ -114,6 +162,7 @@ def get(row: Row, name: str, kind: type = str) -> Any:
 
 
 def get_optional(row: Row, name: str) -> str:
+    """Return a string field; "" if it is missing or null."""
     return "" if row.get(name) is None else get(row, name)
 
 
@@ -127,7 +176,10 @@ def get_list(row: Row, name: str, kind: type) -> list[Any]:
 
 
 def get_numbers(row: Row, name: str) -> list[float]:
+    """Return a field that must be a list of finite numbers."""
     numbers = get(row, name, list)
-    if not all(type(x) in (int, float) and abs(x) < 1e300 for x in numbers):  # type(): True is an int, but no score
-        raise BadRow(f"field '{name}' must hold finite numbers only")
-    return [float(x) for x in numbers]
+    for number in numbers:
+        # By type(), not isinstance: True is an int, but no score.
+        if type(number) not in (int, float) or abs(number) >= 1e300:
+            raise BadRow(f"field '{name}' must hold finite numbers only")
+    return [float(number) for number in numbers]

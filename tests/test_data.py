@@ -1,8 +1,11 @@
 """data.py against small files written here, two small tokenizers trained here, and, where the folder of real files
 lies beside the project, against those: the real LLaMA tokenizer, real data sets, real malformed input."""
 import gzip
+import itertools
 import json
-from dataclasses import asdict
+import os
+import random
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -10,9 +13,10 @@ import sentencepiece
 import torch
 
 import data
-from formats.records import Dialogue, Message, Prompt, Ranking
 from data import Tokenizer
 from formats import reading
+from formats.files import read_json, read_jsonl, write_jsonl
+from formats.records import Dialogue, Message, Prompt, Ranking, dialogue_text
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 SENTENCES = [
@@ -29,7 +33,8 @@ def train_tokenizer(path: Path, **options) -> Path:
     with open(path, "wb") as file:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(SENTENCES * 4), model_writer=file, model_type="bpe", hard_vocab_limit=False,
-            normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2, num_threads=1, **options)
+            minloglevel=2, num_threads=1,
+            **{"normalization_rule_name": "identity", "remove_extra_whitespaces": False, **options})
     return path
 
 
@@ -88,6 +93,13 @@ def test_text_never_becomes_a_control_token(tokenizer):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+def test_a_segment_decodes_to_its_text(tokenizer):
+    for text in ("Blue", " Blue", "   Blue  red ", " ", "   ", "\n", "\n\n Blue\n", ""):
+        assert tokenizer.decode_segment(tokenizer.encode_segment(text)) == text
+        assert tokenizer.decode_segment([*tokenizer.encode_segment(text), tokenizer.eos_id]) == text
+    assert tokenizer.decode(tokenizer.encode_segment(" Blue")) == "Blue"  # hence the second method
+
+
 def test_decode_ignores_what_has_no_text(tokenizer):
     ids = tokenizer.encode("Blue.")
     assert tokenizer.decode([tokenizer.bos_id, *ids, tokenizer.eos_id, tokenizer.vocab_size, -1, 10**9]) == "Blue."
@@ -103,6 +115,9 @@ def test_tokenizer_refuses_what_cannot_serve(tmp_path):
         Tokenizer(train_tokenizer(tmp_path / "no_eos", eos_id=-1, **BYTES))
     with pytest.raises(ValueError, match="no piece for a newline"):
         Tokenizer(train_tokenizer(tmp_path / "no_newline", vocab_size=120))
+    with pytest.raises(ValueError, match="no piece for a newline"):  # it reads "\n" as nothing
+        spaces = {"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True}
+        Tokenizer(train_tokenizer(tmp_path / "spaces", **{**BYTES, **spaces}))
     with pytest.raises(ValueError, match="merges a newline") as error:
         Tokenizer(train_tokenizer(tmp_path / "merges", vocab_size=120, user_defined_symbols=["\n", "\nBlue"])).encode_segment("Blue")
     assert "\n" not in str(error.value)
@@ -374,6 +389,86 @@ def test_a_broken_row_of_an_array_is_only_that_row(write):
     assert report.first == {"not a JSON object": f"{path}:row 2", "duplicate key": f"{path}:row 3", "lone surrogate escape in a string": f"{path}:row 4"}
 
 
+def test_written_rows_come_back_as_they_were(tmp_path):
+    """JSON lets U+2028, U+2029 and U+0085 stand as they are; only a newline ends a row."""
+    texts = ["a\u2028b", "a\u2029b", "a\x85b", "a\x0b\x0c\x1c\x1d\x1eb", "a\r\nb\rc\n", " \u00a0", "\U0001f642", ""]
+    rows = [{"prompt": text, "n": n} for n, text in enumerate(texts)]
+    path = tmp_path / "rows.jsonl"
+    write_jsonl(path, rows)
+    assert path.read_bytes().count(b"\n") == len(rows) and b"\r" not in path.read_bytes()
+    assert read_jsonl(path) == rows
+    assert [record.text for record in reading.read_prompts([path], skip_bad=True)[0]] == texts[:5] + texts[6:7]
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n\n"))  # as an editor may leave it
+    assert read_jsonl(path) == rows
+
+
+@pytest.mark.parametrize("line, problem", [
+    (b'{"a": 1', "not valid JSON"), (b'{"a": "\xff"}', "not valid JSON"), (b"[1]", "holds list, expected an object"), (b"3", "holds int, expected"),
+])
+def test_a_broken_line_is_named(tmp_path, line, problem):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"a": 1}\n\n' + line + b"\n")
+    with pytest.raises(ValueError, match=f"rows.jsonl:3: {problem}") as error:
+        read_jsonl(path)
+    assert "\n" not in str(error.value)
+    (tmp_path / "one.json").write_bytes(line)
+    with pytest.raises(ValueError, match=f"one.json: {problem}"):
+        read_json(tmp_path / "one.json")
+
+
+def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    """A kill or a power cut at any moment leaves the old file or the new one, whole."""
+    path = tmp_path / "rows.jsonl"
+    write_jsonl(path, [{"old": True}])
+    flush, rename, seen = os.fsync, os.replace, []
+
+    def fsync(descriptor):
+        flush(descriptor)
+        seen.append(("flushed", os.fstat(descriptor).st_size, read_jsonl(path)))
+
+    def replaced(old, new):
+        seen.append(("renamed", os.path.getsize(old), read_jsonl(path)))
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replaced)
+    write_jsonl(path, [{"n": n} for n in range(3)])
+    size = path.stat().st_size
+    assert seen == [("flushed", size, [{"old": True}]), ("renamed", size, [{"old": True}])]
+    assert read_jsonl(path) == [{"n": n} for n in range(3)] and os.listdir(tmp_path) == ["rows.jsonl"]
+
+    def rows():
+        yield {"n": 0}
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_jsonl(path, rows())
+    assert len(read_jsonl(path)) == 3
+
+
+# ---------------------------------------------------------------------------------------------
+# Records
+
+def test_a_prompt_shows_its_whole_dialogue():
+    assert Prompt((user("Hi"),), "p:1").text == "Hi"
+    assert Prompt(RAW[:1], "p:1").text == RAW[0].content
+    assert Prompt(MULTI[:4], "p:1").text == "system: Be brief.\n\nuser: Hi\n\nassistant: Hello!\n\nuser: Two plus two?"
+    assert dialogue_text(SINGLE) == "user: Name a colour.\n\nassistant: Blue."
+
+
+def test_a_prompt_is_one_record_from_file_to_tokens(write, tokenizer):
+    path = write({"question": "Two plus two?", "answer": "four"}, {"messages": CHAT[:1]})
+    read, _ = reading.read_prompts([path])
+    assert [(p.answer, p.task, p.ids) for p in read] == [("four", "", ()), (None, "", ())]
+    read = [read[0], replace(read[1], task="copy")]
+    encoded, report = data.encode_prompts(read, tokenizer, "plain", 50)
+    for before, after in zip(read, encoded, strict=True):
+        ids = data.encode_prompt(tokenizer, before.messages, "plain")
+        assert after == replace(before, ids=tuple(ids)) and after.text == before.text
+    assert report.kept == 2 and report.tokens == sum(len(p.ids) for p in encoded)
+    assert [p.ids for p in read] == [(), ()] and len({*read, *encoded}) == 4  # frozen, and it can be hashed
+
+
 # ---------------------------------------------------------------------------------------------
 # Templates
 
@@ -387,6 +482,30 @@ VICUNA = ("A chat between a curious user and an artificial intelligence assistan
 @pytest.fixture(scope="module")
 def bytes_tokenizer(tmp_path_factory) -> Tokenizer:
     return Tokenizer(train_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.model", **BYTES))
+
+
+def spell(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """Return the text of ids piece by piece, control tokens by name: an oracle for every decoder.
+
+    What follows a BOS loses the dummy prefix, and nothing else does.
+    """
+    spelt = b""
+    for n, token in enumerate(ids):
+        piece = tokenizer.processor.id_to_piece(token)
+        if tokenizer.processor.is_byte(token):
+            spelt += bytes([int(piece.removeprefix("<0x").removesuffix(">"), 16)])
+            continue
+        piece = piece.replace("\u2581", " ")
+        opens = n > 0 and ids[n - 1] == tokenizer.bos_id
+        spelt += (piece.removeprefix(" ") if opens else piece).encode()
+    return spelt.decode(errors="replace")
+
+
+def spell_training(tokenizer: Tokenizer, messages: tuple[Message, ...], template: str) -> str:
+    """Spell a dialogue out, with stars where training begins and ends."""
+    ids, trained = data.encode_dialogue(tokenizer, messages, template)
+    runs = [[token for token, _ in run] for _, run in itertools.groupby(zip(ids, trained), key=lambda pair: pair[1])]
+    return "*".join(spell(tokenizer, run) for run in runs) + "*" * trained[-1]
 
 
 @pytest.mark.parametrize("template, messages, expected", [
@@ -405,15 +524,20 @@ def bytes_tokenizer(tmp_path_factory) -> Tokenizer:
     ("llama2", (Message("raw", "### Response:\n"), assistant("A")), "<s>### Response:\n*A</s>*"),
 ])
 def test_template_text_and_what_is_trained(bytes_tokenizer, template, messages, expected):
-    """Spell the ids out: control tokens by name, stars where training begins and ends."""
-    ids, trained = data.encode_dialogue(bytes_tokenizer, messages, template)
-    shown, marks = [], [False, *trained, False]
-    for n, token in enumerate(ids):
-        piece = bytes_tokenizer._pieces.id_to_piece(token)
-        piece = chr(int(piece[3:5], 16)) if bytes_tokenizer._pieces.is_byte(token) else piece.replace("\u2581", " ")
-        opens = n == 0 or ids[n - 1] == bytes_tokenizer.bos_id
-        shown.append(("*" if marks[n] != marks[n + 1] else "") + (piece.removeprefix(" ") if opens else piece))
-    assert "".join(shown) + "*" == expected
+    assert spell_training(bytes_tokenizer, messages, template) == expected
+
+
+@pytest.mark.parametrize("template, expected", [
+    ("alpaca", "<s>Be brief.\n\n### Instruction:\n Hi \n\n\n### Response:\n*A</s>*"
+               "\n\n### Instruction:\n Bye \n\n### Response:\n*B</s>*"),
+    ("llama2", "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\n Hi [/INST]* A </s>*<s>[INST] Bye [/INST]* B </s>*"),
+    ("vicuna", "<s>Be brief. USER:  Hi \n ASSISTANT:* A</s>*USER:  Bye  ASSISTANT:* B</s>*"),
+    ("plain", "<s>Be brief.\n Hi \n\n*A</s>*\n Bye \n*B</s>*"),
+])
+def test_spaces_at_the_borders_beside_a_system_text(bytes_tokenizer, template, expected):
+    """Only llama2 takes them off, as Meta does: not in front of the text that follows a system text."""
+    messages = (SYSTEM, user(" Hi \n"), assistant("A"), user(" Bye "), assistant("B"))
+    assert spell_training(bytes_tokenizer, messages, template) == expected
 
 
 @pytest.mark.parametrize("messages", [SINGLE, MULTI, RAW, (user("Add.\n\n### Input:\n2"), assistant("")), (user("Hi "), assistant(" Bye\n"))])
@@ -461,7 +585,151 @@ def test_unknown_template(tokenizer):
 
 
 # ---------------------------------------------------------------------------------------------
+# Responses to text
+
+ASKED = {"user": SINGLE[:1], "raw, in a line": RAW[:1], "raw, a line of its own": (Message("raw", "### Response:\n"),)}
+WORDS = ["Blue", "colour", " ", "  ", "   ", "\n", "\n\n", ".", "[INST]", " [/INST] ", "</s>", "ASSISTANT:", "### Response:\n"]
+BYTE_WORDS = ["\u65e5\u672c", "caf\u00e9", "\U0001f642", "\t", "\u00a0", "\u2028", "\x85", "\x00", "\r\n"]
+
+
+def texts(tokenizer: Tokenizer, n: int) -> list[str]:
+    """Return random texts of what the tokenizer has ids for, spaces and line ends at every border."""
+    has_bytes = any(tokenizer.processor.is_byte(i) for i in range(tokenizer.vocab_size))
+    words = WORDS + BYTE_WORDS * has_bytes
+    draw = random.Random(0)
+    return ["", " ", "\n", " Blue", "Blue ", *("".join(draw.choices(words, k=draw.randrange(1, 8))) for _ in range(n))]
+
+
+def parts(template: str, prompt: tuple[Message, ...]) -> tuple[str, str]:
+    """Return what stands between prompt and answer, and between answer and EOS."""
+    if prompt[0].role == "raw":
+        return "" if prompt[0].content.endswith("\n") else " ", ""
+    return data.TEMPLATES[template].before, data.TEMPLATES[template].after
+
+
+each_border = pytest.mark.parametrize("template, asked", list(itertools.product(data.TEMPLATES, ASKED)))
+
+
+@each_border
+def test_decode_response_is_the_inverse_of_encode_response(tokenizer, template, asked):
+    prompt = ASKED[asked]
+    before, _ = parts(template, prompt)
+    for text in texts(tokenizer, 200):
+        ids = data.encode_response(tokenizer, text, template, prompt)
+        # Where a space parts prompt and answer, an answer has none of its own at its borders.
+        assert data.decode_response(tokenizer, ids, template, prompt) == (text.strip() if before else text)
+
+
+@each_border
+def test_an_answer_cut_off_keeps_its_end(tokenizer, template, asked):
+    prompt = ASKED[asked]
+    before, after = parts(template, prompt)
+    for text in texts(tokenizer, 30):
+        ids = data.encode_response(tokenizer, text, template, prompt)
+        for n in range(len(ids)):
+            decoded = data.decode_response(tokenizer, ids[:n], template, prompt)
+            expected = spell(tokenizer, ids[:n]).removeprefix(before)
+            assert decoded.rstrip("\ufffd") == expected.rstrip("\ufffd"), "bytes of half a character may stand at the end"
+        whole = data.decode_response(tokenizer, ids, template, prompt)
+        assert decoded == whole + after * bool(whole), "all but the EOS: `after` is not taken off"
+
+
+def test_decode_response_of_what_only_a_policy_writes(tokenizer):
+    def decode(text: str, template: str, *end: int) -> str:
+        return data.decode_response(tokenizer, [*tokenizer.encode_segment(text), *end], template)
+
+    eos_id = tokenizer.eos_id
+    for template in data.TEMPLATES:
+        assert data.decode_response(tokenizer, [], template) == decode("", template, eos_id) == ""
+    assert decode("Blue", "llama2", eos_id) == "Blue"  # neither the space before nor the one after
+    assert decode("  Blue  ", "llama2", eos_id) == " Blue "  # one of each is the template's
+    assert decode("  Blue  ", "llama2") == " Blue  "
+    assert decode(" ", "llama2", eos_id) == decode(" ", "vicuna") == ""
+    assert decode("  Blue  ", "plain", eos_id) == "  Blue  "
+    assert decode("Blue", "plain", tokenizer.vocab_size, 10**9, eos_id) == "Blue"
+
+
+def test_plain_decoding_is_no_inverse(tokenizer):
+    """What `decode` does to a response: it drops a leading space and keeps llama2's trailing one."""
+    for text, template, plainly_decoded in [(" Blue", "plain", "Blue"), ("Blue", "llama2", "Blue ")]:
+        ids = data.encode_response(tokenizer, text, template)
+        assert data.decode_response(tokenizer, ids, template) == text
+        assert tokenizer.decode(ids) == plainly_decoded != text
+
+
+# ---------------------------------------------------------------------------------------------
 # Lengths
+
+LONG = " ".join(f"{n}" for n in range(10, 40)) + " red?"
+
+
+@pytest.mark.parametrize("template", data.TEMPLATES)
+@pytest.mark.parametrize("prompt", [(user(LONG),), (SYSTEM, user(f" {LONG} "))], ids=["alone", "system and spaces"])
+def test_the_limit_itself_is_allowed(tokenizer, template, prompt):
+    """Exactly the limit stays whole; one token more does not."""
+    ids = data.encode_prompt(tokenizer, prompt, template)
+    texts = ("Blue.", "Is it red?")
+    responses = [data.encode_response(tokenizer, text, template) for text in texts]
+
+    records = [Prompt(prompt, "p:1")]
+    assert data.encode_prompts(records, tokenizer, template, len(ids))[0] == [replace(records[0], ids=tuple(ids))]
+    with pytest.raises(ValueError, match=f"p:1: a prompt of {len(ids)} tokens, longer than .*={len(ids) - 1}"):
+        data.encode_prompts(records, tokenizer, template, len(ids) - 1)
+    short = Prompt((*prompt[:-1], user("Hi")), "p:2")
+    kept, report = data.encode_prompts([*records, short], tokenizer, template, len(ids) - 1, skip_bad=True)
+    assert [record.source for record in kept] == ["p:2"] and report.first == {f"longer than {len(ids) - 1} tokens": "p:1"}
+
+    records = [Dialogue((*prompt, assistant(texts[1])), "d:1")]
+    limit = len(ids) + len(responses[1])
+    (example,), report = data.encode_sft(records, tokenizer, template, limit)
+    assert example.tokens == ids + responses[1] and not report.noted
+    (example,), report = data.encode_sft(records, tokenizer, template, limit - 1)
+    assert report.noted == {f"prompt cut to fit {limit - 1} tokens": 1} and len(example.tokens) < limit
+    assert example.tokens[-len(responses[1]):] == responses[1] and sum(example.response_mask) == len(responses[1])
+
+    records = [Ranking(prompt, texts, (1, 2), "r:1")]
+    limit = len(ids) + max(map(len, responses))
+    (example,), report = data.encode_rankings(records, tokenizer, template, limit)
+    assert (example.prompt, example.responses) == (ids, responses) and not report.noted
+    (example,), report = data.encode_rankings(records, tokenizer, template, limit - 1)
+    assert report.noted == {f"prompt cut to fit {limit - 1} tokens": 1}
+    assert example.responses == responses and len(example.prompt) < len(ids)
+
+
+@pytest.mark.parametrize("template", data.TEMPLATES)
+@pytest.mark.parametrize("messages", [
+    (user(LONG),), (user(LONG), assistant("Blue.")), (SYSTEM, user(LONG), assistant("Blue.")),
+    (user("Name it.\n\n### Input:\n" + LONG),), (Message("raw", f"USER: {LONG} ASSISTANT:"), assistant("Blue.")),
+    (SYSTEM, user("Hi"), assistant("Hello!"), user(LONG)),
+], ids=["prompt", "dialogue", "system", "input", "raw", "turns"])
+def test_long_prompts_lose_their_beginning_never_their_end(tokenizer, template, messages):
+    def length_of(messages) -> int:
+        return len(data.encode_dialogue(tokenizer, messages, template)[0])
+
+    question = next(n for n, message in enumerate(messages) if LONG in message.content)
+    system = messages[:1] if SYSTEM in messages else ()  # older turns go before the question does
+    answer = messages[question + 1:]
+    instruction, joint, text = messages[question].content.rpartition("\n\n### Input:\n")
+
+    def with_end(n: int) -> tuple[Message, ...]:
+        content = instruction + joint + text[len(text) - n:]
+        return (*system, replace(messages[question], content=content), *answer)
+
+    limits = range(length_of(messages) - 1, 0, -1)
+    fitted = [data.fit(tokenizer, messages, template, limit) for limit in limits]
+    n_fitted = sum(kept is not None for kept in fitted)
+    assert n_fitted > 20 and set(fitted[n_fitted:]) <= {None}, "below what does not fit, nothing does"
+    for limit, kept in zip(limits, fitted[:n_fitted]):
+        n = len(kept[len(system)].content) - len(instruction + joint)
+        assert n > 0 and kept == with_end(n) and length_of(kept) <= limit
+        assert n == len(text) or length_of(with_end(n + 1)) > limit, "no more is lost than has to be"
+
+
+def test_a_question_of_spaces_is_none(tokenizer):
+    messages = (user("Blue?" + " " * 30), assistant("A"))
+    fitted = [data.fit(tokenizer, messages, "plain", limit) for limit in range(1, 40)]
+    assert None in fitted and all(kept is None or "?" in kept[0].content for kept in fitted)
+
 
 def length(tokenizer: Tokenizer, *messages: Message) -> int:
     return len(data.encode_dialogue(tokenizer, messages, "plain")[0])
@@ -543,9 +811,9 @@ def test_rankings_equal_after_the_cut_are_skipped(tokenizer):
 
 def test_long_prompts_are_left_out_with_their_records(tokenizer):
     records = [Prompt((user(text),), f"p:{n}") for n, text in enumerate(["Hi", "red " * 50, "Bye"], 1)]
-    prompts, kept, report = data.encode_prompts(records, tokenizer, "plain", 20, skip_bad=True)
-    assert kept == [records[0], records[2]]
-    assert prompts == [data.encode_prompt(tokenizer, record.messages, "plain") for record in kept]
+    kept, report = data.encode_prompts(records, tokenizer, "plain", 20, skip_bad=True)
+    assert [replace(record, ids=()) for record in kept] == [records[0], records[2]]
+    assert [list(record.ids) for record in kept] == [data.encode_prompt(tokenizer, record.messages, "plain") for record in kept]
     assert str(report).startswith("kept 2 of 3; skipped 1 longer than 20 tokens (first p:2); tokens: mean ")
     with pytest.raises(ValueError, match="0 usable rows of 1"):
         data.encode_prompts(records[1:2], tokenizer, "plain", 20, skip_bad=True)
@@ -614,6 +882,15 @@ def test_real_alpaca_rows_have_a_clean_border(llama):
         assert ids == [1, *llama.encode(text + answer), 2]
         assert ids[:trained.index(True)] == [1, *llama.encode(text)]
     assert len(records) == 1000 and sum("\n\n### Input:\n" in record.messages[0].content for record in records) == 355
+
+
+@pytest.mark.parametrize("template", data.TEMPLATES)
+def test_real_answers_survive_their_tokens(llama, template):
+    records, _ = reading.read_dialogues([shared("sft/alpaca_en_demo.json"), shared("sft/alpaca_zh_demo.json")])
+    for record in records:
+        answer = record.messages[-1].content
+        ids = data.encode_response(llama, answer, template)
+        assert data.decode_response(llama, ids, template) == (answer.strip() if template in ("llama2", "vicuna") else answer)
 
 
 @pytest.mark.parametrize("name, kept, skipped", [

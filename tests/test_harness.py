@@ -66,7 +66,7 @@ class Pieces(transformers.PreTrainedTokenizer):
 
     def __init__(self, path: Path) -> None:
         self.ours = Tokenizer(path)
-        self.pieces = self.ours._pieces
+        self.pieces = self.ours.processor
         super().__init__(bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>")
 
     vocab_size = property(lambda self: self.ours.vocab_size)

@@ -16,6 +16,7 @@ import torch
 import microcosm
 from data import Tokenizer
 from model import ModelConfig, ScalarModel, Transformer, generate, init_weights, last_scores
+from weights.tokenizer import huggingface_files
 from weights.loading import load_pretrained
 from weights.layouts import read_config, read_weights
 from weights.files import read_safetensors, write_safetensors
@@ -264,7 +265,7 @@ def test_transformers_finds_the_same_ids(options, tmp_path):
                                              **{"normalization_rule_name": "identity", **options})
     ours = Tokenizer(tmp_path / "tokenizer.model")
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    for name, content in ours.huggingface_files().items():
+    for name, content in huggingface_files(ours).items():
         (tmp_path / name).write_text(json.dumps(content))
     read = transformers.AutoTokenizer.from_pretrained(tmp_path)
     odd = ["", " ", "  ", " a", "a ", "a  b", "a   b\n\n    c", "\n", " \n ", "a</s>b", "<s>", "</s> <unk>", "caf\u00e9 \u65e5\u672c \U0001f642", "x\u2581y", "\ufb01ne"]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from model import Transformer
 from weights.files import write_safetensors
+from weights.tokenizer import huggingface_files
 
 
 def plan_shards(tensors: Mapping[str, Tensor], shard_bytes: int) -> dict[str, dict[str, Tensor]]:
@@ -63,7 +64,7 @@ def save_pretrained(model: nn.Module, path: str | Path, tokenizer: Any = None, w
     shutil.rmtree(partial_path, ignore_errors=True)
     partial_path.mkdir(parents=True)
     bos_id, eos_id = (tokenizer.bos_id, tokenizer.eos_id) if tokenizer else (1, 2)
-    texts = {**(tokenizer.huggingface_files() if tokenizer else {}), "config.json": {**config_json(model, bos_id, eos_id), **(extra or {})}}
+    texts = {**(huggingface_files(tokenizer) if tokenizer else {}), "config.json": {**config_json(model, bos_id, eos_id), **(extra or {})}}
     if isinstance(model, Transformer):
         texts["generation_config.json"] = {"bos_token_id": bos_id, "eos_token_id": eos_id}
     parameters = dict(model.named_parameters())
