@@ -110,7 +110,7 @@ def train_on(run: Run, name: str, model: nn.Module, examples: Sequence, make_bat
     for step in range(start, steps):
         began = time.perf_counter()
         rows = torch.tensor(data.batch_indices(len(examples), config.batch_size, step, run.config.seed))
-        batches = [make_batch([examples[i] for i in part]) for part in run.machine.share(rows, config.microbatch_size)]
+        batches = [make_batch([examples[i] for i in part]) for part in run.machine.microbatches(rows, config.microbatch_size)]
         lr = lr_at(step, steps, config.lr, config.lr_end, config.warmup)
         stats = update(model, optimizer, [Term(loss, batches)], lr, config.max_grad_norm, run.machine)
         tokens = parallel.all_sum(torch.tensor(float(sum(batch.attention_mask.sum() for batch in batches)))).item()
@@ -148,7 +148,7 @@ def run_sample(run: Run) -> None:
         prompts = prompts[:config.reward.sampled_prompts]
         texts, tasks = [record.messages[-1].content for record in records], [""] * len(prompts)
     model = load_model(run, run.needed("sft", "sft"))
-    mine = run.machine.slice(list(range(len(prompts))))
+    mine = run.machine.part(list(range(len(prompts))))
     bar = run.bar("sample", len(mine))
     drawn: list[list[list[int]]] = []
     with parallel.gathered(model):
@@ -205,7 +205,7 @@ def reward_start(run: Run) -> Path:
 def measure_accuracy(run: Run, model: nn.Module, held_out: Sequence[data.TokenizedRanking], tasks: Sequence[str]) -> dict[str, float]:
     """Return the share of held-out pairs in the annotator's order: all, and by in-domain and general where that is known."""
     totals = torch.zeros(2, 2, device=run.machine.device)  # (general, in-domain) x (right, pairs)
-    mine, size = run.machine.slice(list(range(len(held_out)))), run.config.reward.microbatch_size
+    mine, size = run.machine.part(list(range(len(held_out)))), run.config.reward.microbatch_size
     with parallel.gathered(model), run.machine.autocast():
         for kind in (0, 1):
             rows = [i for i in mine if (tasks[i] == "ad") == kind]
@@ -228,7 +228,7 @@ def score_samples(run: Run, model: nn.Module, prompts: Sequence[list[int]], resp
 
 def answer(run: Run, model: nn.Module, prompts: Sequence[list[int]], temperature: float, seed: int = 0) -> list[list[int]]:
     """Return one response of `model` to each of this rank's part of the prompts."""
-    mine = run.machine.slice(list(range(len(prompts))))
+    mine = run.machine.part(list(range(len(prompts))))
     with parallel.gathered(model), run.machine.autocast():
         return generate(model, [prompts[i] for i in mine], run.config.data.max_response_tokens, temperature,
                         eos_id=run.tokenizer.eos_id, seed=seed, rows=mine, batch_size=run.config.ppo.generation_batch).tokens
@@ -240,10 +240,10 @@ def calibration(run: Run, model: nn.Module, fallback: Sequence[data.TokenizedRan
     if config.is_world or config.ppo.prompts:
         prompts = training_prompts(run)[:512]
         responses = answer(run, load_model(run, run.needed("sft", "sft")), prompts, config.ppo.temperature, seed=config.seed * 10 + 2)
-        prompts = run.machine.slice(prompts)
+        prompts = run.machine.part(prompts)
     else:
         pairs = [(ranking.prompt, response) for ranking in fallback[:512] for response in ranking.responses]
-        prompts, responses = (run.machine.slice(list(part)) for part in zip(*pairs))
+        prompts, responses = (run.machine.part(list(part)) for part in zip(*pairs))
     with parallel.gathered(model):
         scores = score_samples(run, model, prompts, responses)
     return reward.calibrate([score for part in parallel.gather_objects(scores) for score in part])
@@ -288,7 +288,7 @@ def ptx_term(run: Run, examples: Sequence[data.TokenizedDialogue], step: int) ->
         return total, {"ptx_loss": stats["loss"]}
     config = run.config.ppo
     rows = torch.tensor(data.batch_indices(len(examples), config.minibatch_size, step, run.config.seed))
-    parts = run.machine.share(rows, config.microbatch_size)
+    parts = run.machine.microbatches(rows, config.microbatch_size)
     return Term(loss, [sft_batch(run, [examples[i] for i in part]) for part in parts], config.ptx_coef)
 
 
@@ -310,7 +310,7 @@ def run_ppo(run: Run) -> None:
     for iteration in range(state.get("step", 0), config.iterations):
         began = time.perf_counter()
         rows = data.batch_indices(len(prompts), config.batch_size, iteration, run.config.seed)
-        mine = machine.slice(list(range(config.batch_size)))
+        mine = machine.part(list(range(config.batch_size)))
         with machine.autocast():
             rollout = ppo.collect(models, [prompts[rows[i]] for i in mine], [iteration * config.batch_size + i for i in mine], config,
                                   run.config.data.max_response_tokens, run.tokenizer.eos_id, scale, seed=run.config.seed * 10 + 3,
@@ -331,7 +331,7 @@ def run_ppo(run: Run) -> None:
             return update(models.critic, critic_optimizer, terms, critic_lr, config.max_grad_norm, machine, "critic_grad_norm")
 
         steps = ppo.learn(rollout, config, update_actor if iteration >= config.critic_warmup else None, update_critic,
-                          seed=run.config.seed * 100_000 + iteration, share=machine.share)
+                          seed=run.config.seed * 100_000 + iteration, share=machine.microbatches)
         stats.update(summary(steps), kl_coef=controller.kl_coef, lr=lr, critic_lr=critic_lr,
                      seconds_rollout=rolled - began, seconds_update=time.perf_counter() - rolled)
         if config.kl_target > 0:
@@ -419,7 +419,7 @@ def reward_scores(run: Run, prompts: Sequence[list[int]], mine: Sequence[list[in
     mean, std = score_scale(run)
     model = load_model(run, reward_path, ScalarModel)
     with parallel.gathered(model):
-        raw = score_samples(run, model, run.machine.slice(list(prompts)), mine)
+        raw = score_samples(run, model, run.machine.part(list(prompts)), mine)
     return [(score - mean) / std for part in parallel.gather_objects(raw) for score in part]
 
 
