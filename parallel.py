@@ -1,8 +1,11 @@
-"""The machine: process group, sharding, gathering, sharded checkpoints. Nothing here knows of RLHF.
+"""The machine: process group, sharding, gathering, sharded checkpoints. It knows nothing of RLHF.
 
-Every multi-process run is fully sharded (FSDP2); one process uses no process group and plain modules.
-The silent trap of FSDP2 is a parameter left unsharded by a forward without backward: an optimizer built
-or stepped then works on the wrong tensors without an error. So `reshard` runs before either.
+One process uses no process group and plain modules. Several share every model (FSDP2):
+
+    parameters at rest   each rank holds some rows: float32 if trained, else in the forwards' dtype
+    forward, backward    the rows of all ranks are gathered, cast, used and let go, block by block
+    gradients            are summed over the ranks in float32; each rank keeps the rows it holds
+    optimizer step       every rank steps its own rows, so Adam's moments are sharded as well
 """
 from __future__ import annotations
 
@@ -15,29 +18,35 @@ import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Mapping, NoReturn
+from typing import Any, Callable, Iterable, Iterator, Mapping, NoReturn, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from model import Block, ModelConfig, random_weights
 from weights import Weights, check_weights, materialize, read_safetensors, write_safetensors
 
-# Below this many parameters the whole model is one sharded unit: gathering block by block would cost
-# more in messages than it saves in memory.
+# Up to this many parameters the whole model is one sharded unit: gathering block by block would
+# cost more in messages than it saves in memory.
 BLOCKWISE_ABOVE = 20_000_000
-LAUNCHER = os.getppid()  # torchrun, if it started us; read early, while it surely lives
+
+# torchrun, if it started us; read early, while it surely lives.
+LAUNCHER = os.getppid()
+
+# Models with their optimizers, by the names under which a checkpoint keeps them.
+Trained = Mapping[str, tuple[nn.Module, torch.optim.Optimizer]]
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    replicas: int = 1                   # groups of ranks that each hold all shards (HSDP): as many as there are nodes, or 1
-    activation_checkpointing: bool = False  # keep only the blocks' inputs for the backward pass and compute the rest again
-    offload_frozen: bool = False        # reference and reward model wait in CPU memory while they are not used
+    replicas: int = 1               # groups of ranks that each hold all shards: one per node, or 1
+    activation_checkpointing: bool = False  # keep the blocks' inputs alone, compute the rest again
+    offload_frozen: bool = False    # reference and reward model wait in CPU memory when not in use
 
 
 @dataclass(frozen=True)
@@ -46,7 +55,7 @@ class Machine:
     rank: int
     world: int
     device: torch.device
-    dtype: torch.dtype  # of forwards and backwards; trained parameters and optimizers are float32 always
+    dtype: torch.dtype  # of forwards and backwards; trained parameters and optimizers are float32
     config: ParallelConfig = ParallelConfig()
     mesh: DeviceMesh | None = None  # (shards,) or (replicas, shards); None: one process
 
@@ -59,78 +68,133 @@ class Machine:
         """Ranks that hold one model together; the first so many of all ranks are one such group."""
         return self.world // self.config.replicas
 
-    def share(self, rows: Tensor, size: int) -> list[Tensor]:
-        """Cut the rows of a global batch, (n,) int64, into this rank's micro-batches of at most `size` rows."""
+    def microbatches(self, rows: Tensor, size: int) -> list[Tensor]:
+        """Cut a global batch into this rank's micro-batches.
+
+        rows: (n,) int64, the same on all ranks.   Returns: int64 tensors of at most `size` rows.
+        """
+        # Every world-th row: of rows sorted by length each rank gets short ones and long ones.
         return list(rows[self.rank::self.world].split(size))
 
-    def slice(self, rows: list) -> list:
-        """Return this rank's contiguous part of a list; the ranks' parts in order are the list."""
-        return rows[len(rows) * self.rank // self.world:len(rows) * (self.rank + 1) // self.world]
+    def part(self, items: Sequence) -> Sequence:
+        """Return this rank's contiguous part of a sequence; in rank order they are the whole."""
+        # Multiplied before divided: parts differ by at most one item, and none is left over.
+        first = len(items) * self.rank // self.world
+        end = len(items) * (self.rank + 1) // self.world
+        return items[first:end]
 
     def autocast(self) -> Any:
-        """Return the context of a forward: under FSDP the parameters are cast, in one process the operations."""
+        """Return the context in which forwards run."""
+        # Under FSDP parameters are cast as they are gathered; in one process each operation casts.
         if self.world > 1 or self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
 
+# ---------------------------------------------------------------------------------------------
+# Processes
+
 def start(dtype: str, config: ParallelConfig = ParallelConfig()) -> Machine:
-    """Join the process group that torchrun describes, if it started us. dtype: auto | float32 | bfloat16."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
+    """Join the process group that torchrun describes, if it started us.
+
+    dtype: auto | float32 | bfloat16, of forwards; auto is bfloat16 on a GPU.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
     if world % config.replicas:
         raise ValueError(f"--parallel.replicas={config.replicas} does not divide {world} processes")
     if config.offload_frozen and world == 1:
-        raise ValueError("--parallel.offload_frozen needs several processes: one process holds plain modules")
+        raise ValueError("--parallel.offload_frozen needs several processes: one has plain modules")
+
+    cuda = torch.cuda.is_available()
+    device = torch.device("cpu")
+    if cuda:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
     mesh = None
     if world > 1:
+        # Gloo beside NCCL: rollouts and plain objects travel between the ranks' CPUs.
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-        dist.barrier()  # a rank that fails right away would else tear the others' connections down while they are being made
-        sizes, names = ((config.replicas, world // config.replicas), ("replicas", "shards")) if config.replicas > 1 else ((world,), ("shards",))
-        mesh = init_device_mesh(device.type, sizes, mesh_dim_names=names)
+        # A rank that fails right away would tear the others' connections down while they are made.
+        dist.barrier()
+        mesh = make_mesh(device, world, config.replicas)
     if dtype == "auto":
         dtype = "bfloat16" if cuda else "float32"
     return Machine(rank, world, device, getattr(torch, dtype), config, mesh)
 
 
-def stop() -> None:
-    """Leave the process group; with several processes, the program ends here.
+def make_mesh(device: torch.device, world: int, replicas: int) -> DeviceMesh:
+    """Lay the ranks out: in a row, or as a table whose rows each hold a whole model."""
+    if replicas == 1:
+        return init_device_mesh(device.type, (world,), mesh_dim_names=("shards",))
+    # (replicas, shards): neighbouring ranks, which share a node, share a row, so that gathering
+    # stays within nodes and only gradients cross between them.
+    shape = (replicas, world // replicas)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("replicas", "shards"))
 
-    Gloo's threads can abort a Python that takes itself apart while they still hold tensors (pytorch pull request
-    179291), and torchrun would then report a finished run as failed. So it does not take itself apart.
-    """
+
+def stop() -> None:
+    """Leave the process group; with several processes, the program ends here."""
     if dist.is_initialized():
-        dist.barrier()  # nobody leaves while another still waits for it
+        # Nobody leaves while another still waits for it.
+        dist.barrier()
         dist.destroy_process_group()
+        # Gloo's threads can abort a Python that takes itself apart while they still hold tensors
+        # (pytorch pull request 179291), and torchrun would report a finished run as failed. So it
+        # does not take itself apart; what is still in the buffer of a pipe has to be written first.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
 
 
 def fail(message: str) -> NoReturn:
-    """Print one line and exit with status 2.
-
-    torchrun answers any failed worker with pages of traceback of its own, under which that line would be
-    lost. So where it launched us on this machine alone, it is ended first, by a signal it does not handle.
-    """
-    if int(os.environ.get("RANK", 0)):  # as a rule all ranks fail alike, and the main one speaks; after the start one may fail alone
-        deadline = time.monotonic() + (15 if dist.is_initialized() else 5)
-        while os.getppid() == LAUNCHER and time.monotonic() < deadline:
-            time.sleep(0.05)
-        if os.getppid() != LAUNCHER or not dist.is_initialized():
-            os._exit(2)
-    sys.stdout.flush()  # os._exit would lose what is still in the buffer of a pipe or a file
+    """Print one line and exit with status 2, all ranks together."""
+    if int(os.environ.get("RANK", 0)):
+        wait_for_the_main_rank()
+    sys.stdout.flush()
     print(message, file=sys.stderr, flush=True)
-    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
+    # torchrun answers any failed worker with pages of traceback of its own, under which that line
+    # would be lost. So where it launched us on this machine alone, it is ended first, by a signal
+    # that it does not handle.
+    alone = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    if "TORCHELASTIC_RUN_ID" in os.environ and alone and is_torchrun(LAUNCHER):
         os.kill(LAUNCHER, signal.SIGUSR1)
-    os._exit(2)  # not sys.exit: other ranks may wait in a collective that will never complete
+    # Not sys.exit: other ranks may wait in a collective that will never complete.
+    os._exit(2)
+
+
+def wait_for_the_main_rank() -> None:
+    """Let rank 0 speak, since as a rule all ranks fail alike; return only if it does not."""
+    deadline = time.monotonic() + (15 if dist.is_initialized() else 5)
+    while os.getppid() == LAUNCHER and time.monotonic() < deadline:
+        time.sleep(0.05)
+    # It spoke, and the launcher is gone; or nothing has begun that one rank could fail at alone.
+    if os.getppid() != LAUNCHER or not dist.is_initialized():
+        os._exit(2)
+
+
+def is_torchrun(process: int) -> bool:
+    """Return whether a process is torchrun itself."""
+    # A person's own program, say a notebook, can launch workers as well (elastic_launch): from the
+    # environment it looks the same, and it must survive them.
+    try:
+        command = Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace")
+    except OSError:
+        # No /proc on this system: pages of traceback do less harm than ending the wrong program.
+        return False
+    interpreter, *words = command.split("\0")
+    # Python runs the word after -m, or the first that is no flag; the rest are its arguments.
+    for before, word in zip(["", *words], words):
+        if before == "-m":
+            return word in ("torch.distributed.run", "torch.distributed.launch")
+        if not word.startswith("-"):
+            return Path(word).name == "torchrun"
+    return False
 
 
 def all_sum(x: Tensor) -> Tensor:
     """Sum x over all ranks, in place."""
+    # Counts, loss sums and squared norms go through here, so that no number depends on the ranks.
     if dist.is_initialized():
         dist.all_reduce(x)
     return x
@@ -144,7 +208,8 @@ def all_max(x: Tensor) -> Tensor:
 
 
 def gather_objects(x: Any) -> list[Any]:
-    """Hand every rank the x of all ranks, in rank order. Only between processes of one run: it pickles."""
+    """Hand every rank the x of all ranks, in rank order."""
+    # It pickles, which is safe only because all ranks are processes of one run.
     if not dist.is_initialized():
         return [x]
     everyone = [None] * dist.get_world_size()
@@ -158,6 +223,7 @@ def from_main(make: Callable[[], Any]) -> Any:
         return make()
     outcome: list[Any] = [None]
     if dist.get_rank() == 0:
+        # An error has to travel too: else the other ranks would wait for the broadcast for ever.
         try:
             outcome = [make()]
         except (ValueError, OSError) as error:
@@ -175,20 +241,30 @@ def build(kind: type[nn.Module], config: ModelConfig, weights: Weights | int, ma
           frozen: bool = False) -> nn.Module:
     """Build a model, sharded when there are several processes, and fill it.
 
-    weights: those of files, memory-mapped (each rank reads only its part), or a seed to draw them from.
-    frozen: never trained; its shards are held in the dtype of forwards, which rounds nothing that a forward would not.
+    weights: those of files, memory-mapped (each rank reads only its part), or a seed to draw from.
+    frozen: never trained; its shards are held in the dtype of forwards.
     """
+    # 1. Shapes alone: no rank ever holds a whole model that it is about to split.
     with torch.device("meta"):
         model = kind(config).requires_grad_(not frozen)
+    model.model.recompute = machine.config.activation_checkpointing
     if isinstance(weights, Weights):
         check_weights(model, weights)
-        tensors: Iterable[tuple[str, Tensor]] = ((name, weights[name]) for name, _ in model.named_parameters())
+        tensors: Iterable = ((name, weights[name]) for name, _ in model.named_parameters())
     else:
         tensors = random_weights(model, weights)
-    model.model.recompute = machine.config.activation_checkpointing
+
+    # 2. Split. Trained parameters stay float32, whatever forwards use: a step of 1e-6 on a weight
+    #    of 1 is lost in bfloat16, whose next number is 1.0078. Frozen ones take no steps, and
+    #    holding them in the forwards' dtype rounds nothing that a forward would not round.
+    offload = frozen and machine.config.offload_frozen
     if machine.world > 1:
-        shard(model.to(machine.dtype) if frozen else model, machine, offload=frozen and machine.config.offload_frozen)
-    materialize(model, torch.device("cpu") if frozen and machine.config.offload_frozen else machine.device)
+        if frozen:
+            model.to(machine.dtype)
+        shard(model, machine, offload)
+
+    # 3. Memory for this rank's part, and its content.
+    materialize(model, torch.device("cpu") if offload else machine.device)
     parameters = dict(model.named_parameters())
     for name, tensor in tensors:
         local_part(parameters[name]).copy_(split_like(tensor, parameters[name]))
@@ -197,14 +273,29 @@ def build(kind: type[nn.Module], config: ModelConfig, weights: Weights | int, ma
 
 def shard(model: nn.Module, machine: Machine, offload: bool) -> None:
     """Split every parameter over the ranks of a replica (FSDP2), block by block when that pays."""
-    # rotary angles and caches travel as arguments: cast_forward_inputs would round them to bfloat16
+    # Forwards and backwards run in machine.dtype. Gradients are summed in float32: in bfloat16 the
+    # small ones of many ranks would be rounded away as they are added. Rotary angles and caches
+    # travel as arguments, which cast_forward_inputs would round too, and writes to a cast copy of a
+    # cache would be lost.
     policy = MixedPrecisionPolicy(machine.dtype, torch.float32, cast_forward_inputs=False)
-    where = CPUOffloadPolicy(pin_memory=machine.device.type == "cuda") if offload else OffloadPolicy()
+    pin = machine.device.type == "cuda"
+    where = CPUOffloadPolicy(pin_memory=pin) if offload else OffloadPolicy()
+    units = [model]
     if sum(p.numel() for p in model.parameters()) > BLOCKWISE_ABOVE:
-        for block in model.modules():
-            if isinstance(block, Block):
-                fully_shard(block, mesh=machine.mesh, mp_policy=policy, offload_policy=where)
-    fully_shard(model, mesh=machine.mesh, mp_policy=policy, offload_policy=where)
+        # From the inside out: the root takes what no block has taken (embeddings, head, last norm).
+        units = [module for module in model.modules() if isinstance(module, Block)] + [model]
+    for unit in units:
+        fully_shard(unit, mesh=machine.mesh, mp_policy=policy, offload_policy=where,
+                    reshard_after_forward=lets_go(unit, model))
+
+
+def lets_go(unit: nn.Module, model: nn.Module) -> bool:
+    """Return whether a sharded unit of a model gives its gathered weights up after a forward."""
+    # All do but the root of a trained model. Its weights are the last that a forward uses and the
+    # first that the backward needs: keeping them saves a gathering per micro-batch. A frozen model
+    # has no backward, and would keep them for nothing.
+    trained = any(p.requires_grad for p in model.parameters())
+    return not (unit is model and trained)
 
 
 def local_part(x: Tensor) -> Tensor:
@@ -214,18 +305,24 @@ def local_part(x: Tensor) -> Tensor:
 
 
 def split_like(full: Tensor, parameter: Tensor) -> Tensor:
-    """Return this rank's part of a full tensor, by the parameter's sharding, without communication."""
+    """Return this rank's part of a full tensor, sharded as the parameter is; nothing is sent."""
     if not isinstance(parameter, DTensor):
         return full
     for axis, placement in enumerate(parameter.placements):
         if placement.is_shard():
-            parts, place = full.chunk(parameter.device_mesh.size(axis), placement.dim), parameter.device_mesh.get_local_rank(axis)
+            # (rows, ...) -> (this rank's rows, ...); with fewer rows than ranks the last get none
+            parts = full.chunk(parameter.device_mesh.size(axis), placement.dim)
+            place = parameter.device_mesh.get_local_rank(axis)
             full = parts[place] if place < len(parts) else full.narrow(placement.dim, 0, 0)
     return full
 
 
 def reshard(model: nn.Module) -> nn.Module:
-    """Make every parameter a shard again after forwards without backward."""
+    """Make every parameter a shard again after forwards without backward; return the model."""
+    # The silent trap of FSDP2: a forward without backward may leave parameters gathered. An
+    # optimizer that is built or stepped then works on copies, without an error, and the model never
+    # learns; and the memory stays taken. So everything here that touches parameters comes through
+    # this function, and whoever scores with a trained model calls it afterwards.
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -233,30 +330,37 @@ def reshard(model: nn.Module) -> nn.Module:
 
 
 def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Gather the weights one parameter at a time; every rank has to go through all of them, and none has to keep any."""
+    """Gather the weights one parameter at a time."""
+    # Each is a collective: every rank has to go through all of them, but none has to keep any.
     for name, parameter in reshard(model).named_parameters():
-        yield name, parameter.detach().full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+        weight = parameter.detach()
+        yield name, weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Hold the whole model on every rank, so that each can generate at its own pace, without collectives."""
-    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for module in sharded:
-        module.set_reshard_after_forward(False, recurse=False)
-    if sharded:  # one forward through the root gathers every unit, and leaves it so
+    """Hold the whole model on every rank for a while."""
+    # Ranks stop generating at different lengths. With every weight at hand a forward needs no
+    # collective, so that each can go at its own pace and none waits for the others' longest answer.
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+    if units:
+        # One forward through the root gathers every unit, and leaves it so.
+        token = torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device)
         with torch.no_grad():
-            model(torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device))
+            model(token)
     try:
         yield
     finally:
-        for module in sharded:
-            module.set_reshard_after_forward(True, recurse=False)
+        for unit in units:
+            unit.set_reshard_after_forward(lets_go(unit, model), recurse=False)
         reshard(model)
 
 
 def adamw(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
-    """Build the optimizer: decay on matrices only, betas (0.9, 0.95), eps 1e-5 (InstructGPT, LLaMA 2)."""
+    """Build the optimizer: betas (0.9, 0.95) and eps 1e-5, as InstructGPT and LLaMA 2."""
+    # The learning rate is set before every step. Norms, which have one axis, do not decay.
     parameters = list(reshard(model).parameters())
     groups = [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
               {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0}]
@@ -264,57 +368,82 @@ def adamw(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
 
 
 def grad_square_sum(model: nn.Module) -> Tensor:
-    """Return this rank's share of the squared gradient norm, float32; replicas, which hold equal gradients, share equally."""
+    """Return what this rank adds to the squared gradient norm of the whole model, float32."""
     parameters = list(model.parameters())
-    replicas = parameters[0].device_mesh.size(0) if isinstance(parameters[0], DTensor) and parameters[0].device_mesh.ndim == 2 else 1
-    return torch.nn.utils.get_total_norm([local_part(p.grad) for p in parameters]).float().square() / replicas
+    gradients = [local_part(p.grad) for p in parameters]
+    own = torch.nn.utils.get_total_norm(gradients).float().square()
+    if isinstance(parameters[0], DTensor) and parameters[0].device_mesh.ndim == 2:
+        # Replicas hold equal gradients, which would else count once for each of them.
+        own = own / parameters[0].device_mesh.size(0)
+    return own
 
 
 # ---------------------------------------------------------------------------------------------
 # Checkpoints: one safetensors file per rank and one state.json, in a folder that appears whole
 
-def save_checkpoint(path: Path, trained: Mapping[str, tuple[nn.Module, torch.optim.Optimizer]], state: dict, machine: Machine) -> None:
-    """Write models, optimizers and `state` (plain JSON), each rank its shards, then rename into place."""
+# Adam's, under torch's names; each is as large as its parameter and sharded like it.
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def save_checkpoint(path: Path, trained: Trained, state: dict, machine: Machine) -> None:
+    """Write models, optimizers and `state` (plain JSON) into a folder that appears whole."""
+    # 1. A folder under another name: a kill at any moment leaves the last checkpoint as it was.
     partial = path.with_name(path.name + ".partial")
     if machine.is_main:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     gather_objects(None)
-    tensors, steps = {}, {}
+
+    # 2. Every rank writes its shards. All replicas hold the same ones, so the first writes for all.
+    tensors: dict[str, Tensor] = {}
+    steps: dict[str, float] = {}
     for key, (model, optimizer) in trained.items():
         for name, parameter in reshard(model).named_parameters():
             tensors[f"{key}/weights/{name}"] = local_part(parameter)
-            moments = optimizer.state.get(parameter)
-            if moments:
-                tensors[f"{key}/exp_avg/{name}"] = local_part(moments["exp_avg"])
-                tensors[f"{key}/exp_avg_sq/{name}"] = local_part(moments["exp_avg_sq"])
-                steps[key] = float(moments["step"])
-    if machine.rank < machine.shards:  # the other replicas hold the same
+            adam = optimizer.state.get(parameter)
+            if not adam:
+                continue  # no step was taken yet
+            for moment in MOMENTS:
+                tensors[f"{key}/{moment}/{name}"] = local_part(adam[moment])
+            steps[key] = float(adam["step"])
+    if machine.rank < machine.shards:
         write_safetensors(partial / f"rank{machine.rank:05d}.safetensors", tensors)
     gather_objects(None)
+
+    # 3. All files are written: the folder takes its name, and the older ones have served.
     if machine.is_main:
-        (partial / "state.json").write_text(json.dumps({**state, "shards": machine.shards, "optimizer_steps": steps}))
+        content = {**state, "shards": machine.shards, "optimizer_steps": steps}
+        (partial / "state.json").write_text(json.dumps(content))
         os.rename(partial, path)
-        for old in path.parent.iterdir():  # only the newest whole one is of use
+        for old in path.parent.iterdir():
             if old != path:
                 shutil.rmtree(old)
     gather_objects(None)
 
 
-def load_checkpoint(path: Path, trained: Mapping[str, tuple[nn.Module, torch.optim.Optimizer]]) -> dict:
+def load_checkpoint(path: Path, trained: Trained) -> dict:
     """Fill models and optimizers, written by any number of ranks, and return the state."""
     state = json.loads((path / "state.json").read_text())
-    files = [read_safetensors(path / f"rank{rank:05d}.safetensors") for rank in range(state["shards"])]
+    names = [f"rank{rank:05d}.safetensors" for rank in range(state["shards"])]
+    files = [read_safetensors(path / name) for name in names]
 
-    def part(key: str, parameter: Tensor) -> Tensor:
-        return split_like(torch.cat([file[key] for file in files]), parameter)
+    def fill(target: Tensor, key: str) -> None:
+        # (rows of a file, ...) end to end -> (all rows, ...) -> (this rank's rows, ...): the number
+        # of ranks that wrote need not be the number that reads
+        whole = torch.cat([file[key] for file in files])
+        local_part(target).copy_(split_like(whole, target))
 
     for key, (model, optimizer) in trained.items():
         for name, parameter in reshard(model).named_parameters():
-            local_part(parameter).copy_(part(f"{key}/weights/{name}", parameter))
-            if key in state["optimizer_steps"]:
-                optimizer.state[parameter] = {"step": torch.tensor(state["optimizer_steps"][key]),
-                                              "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
-                for moment in ("exp_avg", "exp_avg_sq"):
-                    local_part(optimizer.state[parameter][moment]).copy_(part(f"{key}/{moment}/{name}", parameter))
+            fill(parameter, f"{key}/weights/{name}")
+            if key not in state["optimizer_steps"]:
+                continue
+            # Just as a first step would have made it. The fused kernel reads `step` where the
+            # parameter lives: a number in CPU memory would be an address that a GPU cannot follow.
+            steps = state["optimizer_steps"][key]
+            adam = {"step": torch.tensor(steps, dtype=torch.float32, device=parameter.device)}
+            for moment in MOMENTS:
+                adam[moment] = torch.zeros_like(parameter)
+                fill(adam[moment], f"{key}/{moment}/{name}")
+            optimizer.state[parameter] = adam
     return state

@@ -137,7 +137,7 @@ class Engine:
 
     def check(self, programs: Sequence[str], name: str) -> list[bool]:
         """Run generated programs, each rank its share; return which of them pass."""
-        mine = self.machine.slice(list(programs))
+        mine = self.machine.part(list(programs))
 
         def bar(verdicts: Iterable[bool]) -> Iterable[bool]:
             return tqdm(verdicts, name, len(mine), leave=False, disable=not self.machine.is_main)

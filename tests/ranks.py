@@ -1,97 +1,269 @@
-"""What test_parallel.py runs under one, two and four processes: an optimizer step of each stage, a whole PPO
-iteration, a checkpoint. `ranks.py FOLDER SETTINGS SIZE...` writes what came out to FOLDER/SIZE for each micro-batch size; SETTINGS: ParallelConfig, as JSON."""
+"""What test_parallel.py runs in processes of its own: the steps of all stages, or what is held how.
+
+    ranks.py steps     FOLDER SETTINGS SIZE...   optimizer steps, a checkpoint, a whole PPO iteration
+    ranks.py precision FOLDER SETTINGS           one step of 1e-6: dtypes, gradients, weights
+    ranks.py gathering FOLDER SETTINGS           which weights are gathered when, and how often
+
+SETTINGS: a ParallelConfig as JSON, and "dtype". What came out is written to FOLDER, of `steps` to
+FOLDER/SIZE for every micro-batch size.
+"""
 import json
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import parallel
 import ppo
 import reward
 import sft
-from model import ModelConfig, ScalarModel, Transformer
-from weights.files import write_safetensors
+from model import ModelConfig, ScalarModel, Transformer, token_logprobs
+from parallel import Machine
 from train import Term, gather_rollouts, update
+from weights.files import write_safetensors
 
-CONFIG = ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=61, ffn_dim=64, max_seq_len=64)
+CONFIG = ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=61, ffn_dim=64,
+                     max_seq_len=64)
 EOS = 12
 
 
 def rows_of(n: int, seed: int) -> list[list[int]]:
     g = torch.Generator().manual_seed(seed)
-    return [[1] + torch.randint(3, 61, (int(torch.randint(3, 14, (1,), generator=g)),), generator=g).tolist() for _ in range(n)]
+    rows = []
+    for _ in range(n):
+        length = int(torch.randint(3, 14, (1,), generator=g))
+        rows.append([1] + torch.randint(3, 61, (length,), generator=g).tolist())
+    return rows
 
 
-def sft_batches(machine: parallel.Machine, size: int) -> list[sft.Batch]:
+def sft_batches(machine: Machine, size: int) -> list[sft.Batch]:
     rows = rows_of(8, 0)
     batches = []
-    for part in machine.share(torch.arange(8), size):
+    for part in machine.microbatches(torch.arange(8), size):
         tokens, mask = data.pad([rows[i] for i in part])
-        # rows 0 and 2 have nothing to train on: with four ranks, rank 0 and 2 get one each
-        response = mask & (mask.cumsum(1) > 2) & ~torch.isin(part, torch.tensor([0, 4]))[:, None]
+        # rows 0 and 4 have nothing to train on: with four ranks, rank 0 has no valid token at all
+        empty = torch.isin(part, torch.tensor([0, 4]))
+        response = mask & (mask.cumsum(1) > 2) & ~empty[:, None]
         batches.append(sft.Batch(tokens, mask, response))
     return batches
 
 
-def reward_batches(machine: parallel.Machine, size: int) -> list[reward.Batch]:
-    rows, ranks = rows_of(24, 1), torch.randint(1, 4, (8, 3), generator=torch.Generator().manual_seed(2)).float()
-    return [reward.Batch(*data.pad([rows[3 * i + g] for i in part for g in range(3)]), ranks[part]) for part in machine.share(torch.arange(8), size)]
+def reward_batches(machine: Machine, size: int) -> list[reward.Batch]:
+    rows = rows_of(24, 1)  # row 3 * i + g: prompt i with its response g
+    ranks = torch.randint(1, 4, (8, 3), generator=torch.Generator().manual_seed(2)).float()
+    batches = []
+    for part in machine.microbatches(torch.arange(8), size):
+        tokens, mask = data.pad([rows[3 * i + g] for i in part for g in range(3)])
+        batches.append(reward.Batch(tokens, mask, ranks[part]))
+    return batches
 
 
-def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in parallel.full_weights(model)}
 
 
-def steps(out: Path, size: int, machine: parallel.Machine) -> None:
+class Fit(NamedTuple):
+    """Something to train: a kind of model, this rank's micro-batches, and their loss."""
+    kind: type[nn.Module]
+    batches: Callable[[Machine, int], list]
+    loss: Callable
+
+
+FITS = {"sft": Fit(Transformer, sft_batches, sft.loss),
+        "reward": Fit(ScalarModel, reward_batches, reward.loss)}
+
+
+# ---------------------------------------------------------------------------------------------
+# steps
+
+def steps(out: Path, size: int, machine: Machine) -> None:
     """Take the steps with micro-batches of `size` rows, and write weights and numbers to `out`."""
-    results: dict[str, dict[str, torch.Tensor]] = {}
+    results: dict[str, dict[str, Tensor]] = {}
     numbers = {}
-    for name, kind, batches, loss in (("sft", Transformer, sft_batches(machine, size), sft.loss),
-                                      ("reward", ScalarModel, reward_batches(machine, size), reward.loss)):
-        model = parallel.build(kind, CONFIG, 0, machine)
+    for name, fit in FITS.items():
+        model = parallel.build(fit.kind, CONFIG, 0, machine)
         optimizer = parallel.adamw(model, 0.1)
-        numbers[name] = [update(model, optimizer, [Term(loss, batches)], 1e-3, 0.5, machine) for _ in range(2)]
+        terms = [Term(fit.loss, fit.batches(machine, size))]
+        numbers[name] = [update(model, optimizer, terms, 1e-3, 0.5, machine) for _ in range(2)]
         results[name] = weights_of(model)
         if name == "sft":
-            parallel.save_checkpoint(out / "checkpoints" / "1", {"model": (model, optimizer)}, {"kl_coef": 0.3}, machine)
-            numbers["after"] = update(model, optimizer, [Term(loss, batches)], 1e-3, 0.5, machine)
-            fresh = parallel.build(kind, CONFIG, 5, machine)
-            fresh_optimizer = parallel.adamw(fresh, 0.1)
-            state = parallel.load_checkpoint(out / "checkpoints" / "1", {"model": (fresh, fresh_optimizer)})
-            assert state["kl_coef"] == 0.3
-            assert update(fresh, fresh_optimizer, [Term(loss, batches)], 1e-3, 0.5, machine) == numbers["after"]
-            resumed, straight = weights_of(fresh), weights_of(model)
-            assert all(torch.equal(resumed[k], straight[k]) for k in straight)
-
-    config = ppo.PPOConfig(batch_size=8, minibatch_size=4, microbatch_size=size, epochs=2)
-    models = ppo.Models(*(parallel.build(kind, CONFIG, seed, machine, frozen) for kind, seed, frozen in
-                          ((Transformer, 0, False), (ScalarModel, 1, False), (Transformer, 0, True), (ScalarModel, 1, True))))
-    optimizers = [parallel.adamw(model, 0.0) for model in models[:2]]
-    prompts = [row[:4] for row in rows_of(8, 3)]
-    mine = machine.slice(list(range(8)))
-    rollout = ppo.collect(models, [prompts[i] for i in mine], mine, config, 10, EOS, (0.0, 1.0), seed=0,
-                          gathered=parallel.gathered, gather=partial(gather_rollouts, machine))
-    rollout, stats = ppo.assign_credit(rollout, config, 0.1, machine.world)
-    losses = partial(ppo.actor_loss, config=config, kl_coef=0.1), partial(ppo.critic_loss, config=config)
-    updates = [lambda batches, i=i: update(models[i], optimizers[i], [Term(losses[i], batches)], 1e-3, 1.0, machine) for i in (0, 1)]
-    numbers["ppo"] = [stats, *ppo.learn(rollout, config, *updates, seed=0, share=machine.share)]
-    results["actor"], results["critic"] = (weights_of(model) for model in models[:2])
+            numbers["after"] = resume(out, model, optimizer, terms, machine)
+    rollout, models, numbers["ppo"] = iterate(size, machine)
+    results["actor"] = weights_of(models.actor)
+    results["critic"] = weights_of(models.critic)
     if machine.is_main:
         out.mkdir(parents=True, exist_ok=True)
-        weights = {f"{name}.{key}": tensor for name, tensors in results.items() for key, tensor in tensors.items()}
+        weights = {f"{name}.{key}": tensor
+                   for name, tensors in results.items() for key, tensor in tensors.items()}
         write_safetensors(out / "weights.safetensors", {**weights, "tokens": rollout.tokens})
         (out / "numbers.json").write_text(json.dumps(numbers))
 
 
-if __name__ == "__main__":
+def resume(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, terms: list[Term],
+           machine: Machine) -> dict[str, float]:
+    """Take one more step, and the same one from a checkpoint with a model of other weights."""
+    path = out / "checkpoints" / "1"
+    parallel.save_checkpoint(path, {"model": (model, optimizer)}, {"kl_coef": 0.3}, machine)
+    straight = update(model, optimizer, terms, 1e-3, 0.5, machine)
+    fresh = parallel.build(Transformer, CONFIG, 5, machine)
+    fresh_optimizer = parallel.adamw(fresh, 0.1)
+    state = parallel.load_checkpoint(path, {"model": (fresh, fresh_optimizer)})
+    assert state["kl_coef"] == 0.3
+    assert update(fresh, fresh_optimizer, terms, 1e-3, 0.5, machine) == straight
+    resumed, expected = weights_of(fresh), weights_of(model)
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+    for key, state in optimizer.state_dict()["state"].items():
+        for name, value in fresh_optimizer.state_dict()["state"][key].items():
+            assert (value.dtype, value.device) == (state[name].dtype, state[name].device), name
+    return straight
+
+
+def iterate(size: int, machine: Machine) -> tuple[ppo.Rollout, ppo.Models, list[dict]]:
+    """Run one PPO iteration; return its rollout, the models, and the numbers of rollout and steps."""
+    config = ppo.PPOConfig(batch_size=8, minibatch_size=4, microbatch_size=size, epochs=2)
+    models = ppo.Models(
+        actor=parallel.build(Transformer, CONFIG, 0, machine),
+        critic=parallel.build(ScalarModel, CONFIG, 1, machine),
+        ref=parallel.build(Transformer, CONFIG, 0, machine, frozen=True),
+        reward_model=parallel.build(ScalarModel, CONFIG, 1, machine, frozen=True))
+    prompts = [row[:4] for row in rows_of(8, 3)]
+    mine = machine.part(range(8))
+    with machine.autocast():
+        rollout = ppo.collect(
+            models, [prompts[i] for i in mine], list(mine), config, 10, EOS, (0.0, 1.0), seed=0,
+            gathered=parallel.gathered, gather=partial(gather_rollouts, machine))
+    rollout, stats = ppo.assign_credit(rollout, config, 0.1, machine.world)
+
+    def updating(model: nn.Module, loss: Callable) -> Callable:
+        optimizer = parallel.adamw(model, 0.0)
+        return lambda batches: update(model, optimizer, [Term(loss, batches)], 1e-3, 1.0, machine)
+
+    update_actor = updating(models.actor, partial(ppo.actor_loss, config=config, kl_coef=0.1))
+    update_critic = updating(models.critic, partial(ppo.critic_loss, config=config))
+    taken = ppo.learn(rollout, config, update_actor, update_critic, seed=0,
+                      share=machine.microbatches)
+    return rollout, models, [stats, *taken]
+
+
+# ---------------------------------------------------------------------------------------------
+# precision
+
+def dtypes(tensors) -> list[str]:
+    return sorted({str(tensor.dtype) for tensor in tensors})
+
+
+def precision(out: Path, machine: Machine) -> None:
+    """Take one step of 1e-6 per kind of model; write what is held in which dtype, and what came out.
+
+    Every rank has one micro-batch, so a gradient is exactly one sum over the ranks.
+    """
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, dict] = {}
+    for name, fit in FITS.items():
+        model = parallel.build(fit.kind, CONFIG, 0, machine)
+        optimizer = parallel.adamw(model, 0.0)
+        gradients: dict[str, Tensor] = {}
+
+        def look(*_) -> None:
+            """Gather the gradients, reduced and not yet used."""
+            for key, parameter in model.named_parameters():
+                grad = parameter.grad
+                gradients[key] = (grad.full_tensor() if isinstance(grad, DTensor) else grad).clone()
+
+        optimizer.register_step_pre_hook(look)
+        before = weights_of(model)
+        terms = [Term(fit.loss, fit.batches(machine, 8))]
+        stats = update(model, optimizer, terms, 1e-6, 1e9, machine)
+        after = weights_of(model)
+        moments = [state[key] for state in optimizer.state.values() for key in parallel.MOMENTS]
+        numbers[name] = {
+            "stats": stats, "parameters": dtypes(model.parameters()), "moments": dtypes(moments),
+            "gradients": dtypes(gradients.values())}
+        for key in before:
+            tensors[f"{name}.before.{key}"] = before[key]
+            tensors[f"{name}.after.{key}"] = after[key]
+            tensors[f"{name}.grad.{key}"] = gradients[key]
+
+    frozen = parallel.build(Transformer, CONFIG, 0, machine, frozen=True)
+    tokens, mask = data.pad(rows_of(8, 0))
+    with torch.no_grad(), machine.autocast():
+        tensors["frozen.logprobs"] = token_logprobs(frozen, tokens, mask, mask & (mask.cumsum(1) > 1))
+    numbers["frozen"] = {"parameters": dtypes(frozen.parameters())}
+    numbers["ppo"] = {"stats": iterate(8, machine)[2]}
+    if machine.is_main:
+        write_safetensors(out / "tensors.safetensors", tensors)
+        (out / "numbers.json").write_text(json.dumps(numbers))
+
+
+# ---------------------------------------------------------------------------------------------
+# gathering
+
+class Gatherings(TorchDispatchMode):
+    """Counts all-gathers while it is entered."""
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += "allgather" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+def gathering(out: Path, machine: Machine) -> None:
+    """Write how often a step gathers before and after `gathered`, and what a forward leaves."""
+    model = parallel.build(Transformer, CONFIG, 0, machine)
+    frozen = parallel.build(Transformer, CONFIG, 0, machine, frozen=True)
+    optimizer = parallel.adamw(model, 0.0)
+    terms = [Term(sft.loss, sft_batches(machine, 2))]
+    tokens, mask = data.pad(rows_of(8, 0))
+
+    def gatherings(step: Callable[[], object]) -> int:
+        with Gatherings() as watch:
+            step()
+        return watch.count
+
+    def sharded(some: nn.Module) -> bool:
+        return all(isinstance(parameter, DTensor) for parameter in some.parameters())
+
+    def forward(some: nn.Module) -> None:
+        with torch.no_grad():
+            some(tokens, mask)
+
+    step = partial(update, model, optimizer, terms, 1e-3, 1.0, machine)
+    numbers = {"before": gatherings(step)}
+    with parallel.gathered(model):
+        numbers["inside"] = gatherings(lambda: forward(model))
+    numbers["after"] = gatherings(step)
+    with parallel.gathered(frozen):
+        forward(frozen)
+    forward(frozen)
+    numbers["frozen model is sharded"] = sharded(frozen)
+    forward(model)
+    numbers["trained model is sharded"] = sharded(model)
+    numbers["after reshard"] = sharded(parallel.reshard(model))
+    if machine.is_main:
+        (out / "numbers.json").write_text(json.dumps(numbers))
+
+
+def main(command: str, folder: str, settings: str, *sizes: str) -> None:
     torch.set_num_threads(1)
-    MACHINE = parallel.start("float32", parallel.ParallelConfig(**json.loads(sys.argv[2])))
+    values = json.loads(settings)
+    dtype = values.pop("dtype", "float32")
+    machine = parallel.start(dtype, parallel.ParallelConfig(**values))
     parallel.BLOCKWISE_ABOVE = 0  # every block a unit of its own, as in large models
-    for text in sys.argv[3:]:
-        steps(Path(sys.argv[1], text), int(text), MACHINE)
+    if command == "steps":
+        for size in sizes:
+            steps(Path(folder, size), int(size), machine)
+    else:
+        {"precision": precision, "gathering": gathering}[command](Path(folder), machine)
     parallel.stop()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -92,7 +92,7 @@ def test_ppo_learns_what_is_rewarded_and_the_critic_what_comes(actor, critic, co
         rows = [iteration * 64 + i for i in range(64)]
         rollout = ppo.collect(models, prompts, rows, settings, 8, EOS, (0.5, 0.1), seed=0)
         rollout, stats = ppo.assign_credit(rollout, settings, kl_coef)
-        steps = ppo.learn(rollout, settings, *take, seed=iteration, share=MACHINE.share)
+        steps = ppo.learn(rollout, settings, *take, seed=iteration, share=MACHINE.microbatches)
         assert steps[0]["ratio_max"] == pytest.approx(1, abs=1e-5) and steps[0]["clip_fraction"] == 0
         seen.append(stats)
     first, last = seen[0], seen[-1]

@@ -41,7 +41,7 @@ def iterate(models: Models, config: PPOConfig = CONFIG, change: Callable[[Rollou
     losses = partial(ppo.actor_loss, config=config, kl_coef=KL_COEF), partial(ppo.critic_loss, config=config)
     optimizers = [parallel.adamw(model, 0.0) for model in (actor, critic)]
     updates = [lambda batches, i=i: update((actor, critic)[i], optimizers[i], [Term(losses[i], batches)], lr, 1.0, MACHINE, f"norm{i}") for i in (0, 1)]
-    steps = ppo.learn(rollout, config, *updates, seed=0, share=MACHINE.share)
+    steps = ppo.learn(rollout, config, *updates, seed=0, share=MACHINE.microbatches)
     return rollout, stats, steps, [p.detach() for model in (actor, critic) for p in model.parameters()]
 
 
