@@ -208,6 +208,15 @@ def encode_response(tokenizer: Tokenizer, text: str, template: str, prompt: Sequ
     return [*tokenizer.encode_segment(style.before + text + style.after if text else ""), tokenizer.eos_id]
 
 
+def decode_response(tokenizer: Tokenizer, ids: Sequence[int], template: str, prompt: Sequence[Message] = ()) -> str:
+    """Return the text of a response's ids: the inverse of encode_response. What follows a finished answer comes off."""
+    style = template_for(template, prompt)
+    is_finished = bool(ids) and ids[-1] == tokenizer.eos_id
+    newline = tokenizer.encode_segment("\n")  # in front, it keeps decoding from taking a leading space away
+    text = tokenizer.decode([*newline, *ids]).removeprefix("\n").removeprefix(style.before)
+    return text.removesuffix(style.after) if is_finished else text
+
+
 def encode_dialogue(tokenizer: Tokenizer, messages: Sequence[Message], template: str) -> tuple[list[int], list[bool]]:
     """Return ids and which of them are trained on: every assistant turn, its eos included.
 
