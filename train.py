@@ -141,7 +141,7 @@ def train_on(run: Run, name: str, model: nn.Module, examples: Sequence[Any],
         began = time.perf_counter()
         # the batch is a function of (seed, step), so a resumed run sees what it would have seen
         rows = data.batch_indices(len(examples), config.batch_size, step, run.config.seed)
-        parts = machine.share(torch.tensor(rows), config.microbatch_size)
+        parts = machine.microbatches(torch.tensor(rows), config.microbatch_size)
         batches = [make_batch([examples[i] for i in part], machine.device) for part in parts]
 
         lr = lr_at(step, steps, config.lr, config.lr_end, config.warmup)
@@ -222,7 +222,7 @@ def run_reward(run: Run, source: Source) -> None:
 def pair_accuracy(run: Run, model: nn.Module, rankings: Sequence[data.TokenizedRanking]) -> float:
     """Return the share of pairs that the model orders as the annotator, over all ranks' parts."""
     machine, size = run.machine, run.config.reward.microbatch_size
-    mine = machine.slice(list(rankings))
+    mine = machine.part(list(rankings))
     totals = torch.zeros(2, device=machine.device)  # right, pairs
     with parallel.gathered(model), machine.autocast():
         for start in range(0, len(mine), size):
@@ -304,7 +304,7 @@ def run_ppo(run: Run, source: Source) -> None:
         if models.critic:
             updates.append(partial(update_critic, run, trained["critic"], lrs["critic_lr"]))
         steps = ppo.learn(rollout, config, updates, derive(run.config.seed, "learn", iteration),
-                          run.machine.share)
+                          run.machine.microbatches)
 
         stats.update(summary(steps), kl_coef=controller.kl_coef, **lrs,
                      seconds_rollout=rolled - began, seconds_update=time.perf_counter() - rolled)
@@ -326,7 +326,7 @@ def roll_out(run: Run, models: ppo.Models, payer: Reward, prompts: Sequence[Prom
                                 run.config.seed)
     # the episodes of one prompt stand together: advantages by group count on it
     episodes = [prompts[i] for i in chosen for _ in range(size)]
-    mine = machine.slice(list(range(config.batch_size)))
+    mine = machine.part(list(range(config.batch_size)))
     rows = [iteration * config.batch_size + i for i in mine]
     with machine.autocast():
         rollout = ppo.collect(
@@ -361,7 +361,7 @@ def update_actor(run: Run, learner: Learner, lr: float, kl_coef: float,
     if demonstrations:
         rows = data.batch_indices(len(demonstrations), config.minibatch_size, first + step,
                                   run.config.seed)
-        parts = run.machine.share(torch.tensor(rows), config.microbatch_size)
+        parts = run.machine.microbatches(torch.tensor(rows), config.microbatch_size)
         terms.append(Term(ptx_loss, [sft_batch([demonstrations[i] for i in part],
                                                run.machine.device) for part in parts],
                           config.ptx_coef))

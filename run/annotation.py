@@ -22,7 +22,7 @@ def run_sample(run: Run, source: Source) -> None:
     config, machine = run.config, run.machine
     prompts = source.prompts_to_sample()
     model = load_model(run, policy_path(run))
-    mine = machine.slice(list(range(len(prompts))))
+    mine = machine.part(list(range(len(prompts))))
     bar = run.bar("sample", len(mine))
     drawn: list[list[list[int]]] = []  # (prompts, responses, tokens)
     with parallel.gathered(model), machine.autocast():

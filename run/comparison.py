@@ -61,7 +61,7 @@ def values_of(run: Run, prompts: Sequence[Prompt], responses: Sequence[list[int]
     """Return what each answer is worth: "score", and what else the judging function measures."""
     judge = ranker(run)
     if judge:
-        mine = run.machine.slice(list(range(len(prompts))))
+        mine = run.machine.part(list(range(len(prompts))))
         asked = [prompts[i] for i in mine]
         texts = [to_text(run, prompts[i], responses[i]) for i in mine]
         rows = zip(judge(asked, texts), judge.metrics(asked, texts))

@@ -63,7 +63,7 @@ def ppo_models(run: Run) -> ppo.Models:
 def answer(run: Run, model: nn.Module, prompts: Sequence[Prompt], temperature: float,
            purpose: str = "greedy") -> list[list[int]]:
     """Return one response of `model` to every prompt, on every rank; each rank draws a part."""
-    mine = run.machine.slice(list(range(len(prompts))))
+    mine = run.machine.part(list(range(len(prompts))))
     with parallel.gathered(model), run.machine.autocast():
         drawn = generate(model, [list(prompts[i].ids) for i in mine],
                          run.config.data.max_response_tokens, temperature,
@@ -125,7 +125,7 @@ def open_reward(run: Run, kind: str) -> Reward:
 def score_all(run: Run, model: nn.Module | None, score: ppo.Score, prompts: Sequence[Prompt],
               responses: Sequence[list[int]]) -> list[float]:
     """Score all responses, each rank a part of them. model: the score's own, to be gathered."""
-    mine = run.machine.slice(list(range(len(prompts))))
+    mine = run.machine.part(list(range(len(prompts))))
     with parallel.gathered(model) if model else nullcontext(), run.machine.autocast():
         scores = score([prompts[i] for i in mine], [responses[i] for i in mine]).tolist()
     return [x for part in parallel.gather_objects(scores) for x in part]

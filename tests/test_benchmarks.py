@@ -19,16 +19,19 @@ import torch
 
 import microcosm
 from benchmarks.engine import Engine, cut_text
-from benchmarks.questions import Question, Request, encode_question, read_items, read_questions, texts_to_score
-from benchmarks.numbers import evaluate
+from benchmarks.asking import answer_questions, by_part, evaluate, measure
+from benchmarks.questions import Question, Request, encode_question, read_questions, texts_to_score
+from benchmarks.reading import read_items
 from data import Tokenizer
 from model import ModelConfig, Transformer, generate, init_weights
 from weights.export import save_pretrained
 from parallel import Machine
 from benchmarks.tasks import GENERIC, GROUPS, TASKS, Task, generic
-from benchmarks.metrics import Item, Outcome, math_equal
+from benchmarks.formulas import math_equal
+from benchmarks.items import Item, Likelihood, Outcome
+from benchmarks.metrics import pass_at_k
 from benchmarks import command as benchmark
-from benchmarks import numbers, sandbox
+from benchmarks import report, results as numbers, sandbox
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -53,7 +56,7 @@ class StandIn:
     def loglikelihood(self, request) -> tuple[float, bool]:
         full = request.context + request.continuation
         pairs = [(full[j], full[j - 1], j) for j in range(len(request.context), len(full))]
-        return round(-sum((31 * t + 17 * p + 7 * j) % 101 + 1 for t, p, j in pairs) / 10, 6), all((t + p) % 3 == 0 for t, p, _ in pairs)
+        return Likelihood(round(-sum((31 * t + 17 * p + 7 * j) % 101 + 1 for t, p, j in pairs) / 10, 6), all((t + p) % 3 == 0 for t, p, _ in pairs))
 
     def write(self, prompts, task, name):
         return [[text] for text in self.texts]
@@ -64,10 +67,10 @@ def stand_in_evaluate(name: str, task, questions, tokenizer, texts=()):
     engine = StandIn(tokenizer, texts)
     engine.check = lambda programs, name: [False] * len(programs)
     asked = [encode_question(question, task, tokenizer, engine.context_size) for question in questions]
-    outcomes = numbers.answer_questions(name, task, questions, asked, engine)
-    measured = numbers.measure(name, task, questions, outcomes, engine)
+    outcomes = answer_questions(name, task, questions, asked, engine)
+    measured = measure(name, task, questions, outcomes, engine)
     values = [{metric: row[i] for metric, row in measured.items() if i in row} for i in range(len(questions))]
-    result = {metric: numbers.summarize(metric, numbers.by_part(row, questions))[0] for metric, row in measured.items()}
+    result = {metric: numbers.summarize(metric, by_part(row, questions))[0] for metric, row in measured.items()}
     return result, values, engine
 
 
@@ -196,7 +199,7 @@ def test_pass_at_k_by_counting_subsets():
         for right in range(n + 1):
             for k in range(1, n + 1):
                 subsets = list(combinations([True] * right + [False] * (n - right), k))
-                assert numbers.pass_at_k(n, right, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+                assert pass_at_k(n, right, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
 
 
 def test_errors_by_hand():
@@ -327,7 +330,7 @@ def test_questions_that_do_not_fit_are_counted():
     assert result.skipped == {"a choice is longer than the model's context of 16 tokens": 1}
     result = evaluate("mine", GENERIC, [Question(Item("q", answers=("a",)))], engine)
     assert result.metrics == {} and result.skipped == {"256 new tokens leave no room in the model's context of 16": 1}
-    assert "mine: 1 skipped: 256 new tokens" in benchmark.table({"model": {"mine": result}}, [])
+    assert "mine: 1 skipped: 256 new tokens" in report.table({"model": {"mine": result}}, [])
 
 
 def test_limit_draws_from_the_seed_and_keeps_the_order(tmp_path):
@@ -345,9 +348,9 @@ def test_groups():
     assert asked["arc_easy"] and not asked["mmlu"] and groups == ["general12"]
     with pytest.raises(ValueError, match="no task 'arc'"):
         benchmark.plan("arc")
-    results = {name: numbers.Result({}, {}, Counter({"no file": 0})) for name in GROUPS["general12"]}
-    results["boolq"] = numbers.Result({"acc": numbers.Number(0.5, 0.1, 30)}, {}, Counter())
-    assert "mean over 1 of 12 tasks" in benchmark.table({"model": results}, groups)
+    results = {name: numbers.Result(skipped=Counter({"no file": 0})) for name in GROUPS["general12"]}
+    results["boolq"] = numbers.Result({"acc": numbers.Number(0.5, 0.1, 30)})
+    assert "mean over 1 of 12 tasks" in report.table({"model": results}, groups)
 
 
 def test_one_model_against_another():
@@ -366,7 +369,7 @@ def test_one_model_against_another():
     assert perplexity == pytest.approx((math.exp(0.75) - math.exp(1.5), *(math.exp(1.5) * (math.exp(-0.75 + s * half) - 1) for s in (-1, 1)), 2))
     assert changed["copa"] == {} and numbers.changes({"sft": results["sft"]}) == {}
     assert numbers.group_change(["rte"], results)[:3] == pytest.approx(rte[:3])
-    results["base"] = {name: numbers.Result({}, {}, Counter()) for name in results["sft"]}
+    results["base"] = {name: numbers.Result() for name in results["sft"]}
     assert numbers.members("all", {name: {**dict.fromkeys(GROUPS["all"], results["base"]["copa"]), **one} for name, one in results.items()}) == []
 
 
@@ -394,7 +397,7 @@ def test_official_solutions_pass_and_the_official_smoke_file_scores_one_half():
     folder = SHARED / "eval" / "humaneval"
     samples = read_jsonl(folder / "example_samples.jsonl")
     right = sandbox.check_all(programs(read_jsonl(folder / "example_problem.jsonl") * 6, [sample["completion"] for sample in samples]))
-    assert numbers.pass_at_k(len(samples), sum(right), 1) == 0.5
+    assert pass_at_k(len(samples), sum(right), 1) == 0.5
     rows = [json.loads(line) for line in (SHARED / "eval" / "mbpp" / "mbpp.jsonl").read_text().splitlines()]
     assert all(sandbox.check_all([f"{row['code']}\n{row['test_setup_code']}\n" + "\n".join(row["test_list"]) for row in rows]))
 
