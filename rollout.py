@@ -70,12 +70,15 @@ class Rollout:
         found = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: x for name, x in found.items() if x is not None}
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> Rollout:
+        return Rollout(**{name: change(x) for name, x in self.columns().items()})
+
     def rows(self, index: Tensor) -> Rollout:
         """Return the episodes at index (B',) int64."""
-        return Rollout(**{name: x[index] for name, x in self.columns().items()})
+        return self.map(lambda x: x[index])
 
     def to(self, device: torch.device) -> Rollout:
-        return Rollout(**{name: x.to(device) for name, x in self.columns().items()})
+        return self.map(lambda x: x.to(device))
 
     @property
     def count(self) -> Tensor:

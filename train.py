@@ -38,7 +38,7 @@ from run.folder import (Run, keep, load_model, open_folder, prepare_tokenizer, r
 from run.models import (Reward, answer, base_model, check_tokenizer, open_reward, policy_path,
                         ppo_models, ranker, score_all, to_text)
 from run.settings import Config, check_ranks, parse_args, reward_shape, usage
-from run.sources import Source, open_source, reward_batch, sft_batch
+from run.sources import Ranked, Source, open_source, reward_batch, sft_batch
 
 
 # ---------------------------------------------------------------------------------------------
@@ -195,23 +195,34 @@ def reward_start(run: Run, source: Source) -> Path:
     return run.needed("reward_sft", "reward")
 
 
+def hold_out(ranked: Sequence[Ranked], share: float) -> tuple[list[Ranked], list[Ranked]]:
+    """Split rankings, by prompt, into those for measuring accuracy and those to train on.
+
+    Else a prompt that was drawn twice would be trained on and count as unseen.
+    """
+    prompts = list(dict.fromkeys(tuple(ranking.prompt) for ranking, _ in ranked))
+    chosen = set(prompts[:max(1, round(share * len(prompts)))])
+    held = [one for one in ranked if tuple(one.ranking.prompt) in chosen]
+    rest = [one for one in ranked if tuple(one.ranking.prompt) not in chosen]
+    if not rest:
+        raise ValueError(f"{len(ranked)} rankings with a pair are too few to train on and to hold "
+                         f"out {len(held)}")
+    return held, rest
+
+
 def run_reward(run: Run, source: Source) -> None:
     """ICE-Reward."""
     config = run.config.reward
-    ranked = source.rankings()
-    kept = max(1, round(config.holdout * len(ranked)))
-    if len(ranked) <= kept:
-        raise ValueError(f"{len(ranked)} rankings with a pair are too few to train on and to hold "
-                         f"out {kept}")
+    held, rest = hold_out(source.rankings(), config.holdout)
     model = load_model(run, reward_start(run, source), ScalarModel)
-    train_on(run, "reward", model, [ranking for ranking, _ in ranked[kept:]], reward_batch,
-             reward.loss, config, show=("loss", "accuracy"))
-    accuracy = {"accuracy": pair_accuracy(run, model, [ranking for ranking, _ in ranked[:kept]])}
+    train_on(run, "reward", model, [ranking for ranking, _ in rest], reward_batch, reward.loss,
+             config, show=("loss", "accuracy"))
+    accuracy = {"accuracy": pair_accuracy(run, model, [ranking for ranking, _ in held])}
     if run.config.is_world:
         for name, is_general in (("in_domain", False), ("general", True)):
-            part = [ranking for ranking, task in ranked[:kept] if bool(task) == is_general]
+            part = [ranking for ranking, task in held if bool(task) == is_general]
             accuracy[name] = pair_accuracy(run, model, part)
-    scale = calibration(run, source, model, ranked)
+    scale = calibration(run, source, model, rest)
     save_model(run, model, "reward", {"score_mean": scale.mean, "score_std": scale.std,
                                       "holdout_accuracy": accuracy})
     run.say(f"reward   : orders {100 * accuracy['accuracy']:.1f} % of held-out pairs as the "
@@ -233,7 +244,7 @@ def pair_accuracy(run: Run, model: nn.Module, rankings: Sequence[data.TokenizedR
     return right / max(pairs, 1)
 
 
-def calibration(run: Run, source: Source, model: nn.Module, ranked: Sequence[Any],
+def calibration(run: Run, source: Source, model: nn.Module, ranked: Sequence[Ranked],
                 n: int = 512) -> Scale:
     """Return the scale of a reward model: its scores on samples of the policy that PPO starts from.
 

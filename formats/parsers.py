@@ -345,3 +345,11 @@ def parse_example(row: Row) -> Iterator[Example]:
         if known:
             return group[known[0]](row)
     raise BadRow("unknown fields", f"keys: {', '.join(row) or 'none'}")
+
+
+def prompt_field(messages: Messages) -> str | list[dict[str, str]]:
+    """Return what a field "prompt" says that `any_prompt` reads as these messages."""
+    first, *others = messages
+    if not others and first == text_prompt(first.content):
+        return first.content
+    return [{"role": message.role, "content": message.content} for message in messages]

@@ -6,8 +6,8 @@ import time
 from typing import Sequence
 
 import parallel
-from eval import assess, table, write_answers
-from evaluation.report import examples_text, pick_examples, write_report
+from eval import assess, write_answers
+from evaluation.report import examples_text, pick_examples, table, write_report
 from formats import Prompt
 from formats.files import read_json
 from run.folder import Run, load_model, timings
@@ -26,7 +26,11 @@ def compare(run: Run, source: Source, policies: Sequence[str]) -> None:
     values = {name: values_of(run, prompts, responses) for name, responses in answers.items()}
     texts = {name: [to_text(run, prompt, ids) for prompt, ids in zip(prompts, responses)]
              for name, responses in answers.items()}
-    results = assess(prompts, texts, values, config.eval.reference)
+    reference = config.eval.reference
+    if reference not in texts:
+        run.say(f"eval     : no model {reference} to compare with, so with the base")
+        reference = "base"
+    results = assess(prompts, texts, values, reference)
     reward_path = run.result("reward")
     results["reward_model"] = (read_json(reward_path / "config.json").get("holdout_accuracy", {})
                                if reward_path else {})
@@ -35,8 +39,7 @@ def compare(run: Run, source: Source, policies: Sequence[str]) -> None:
         write_answers(run.out / "answers.jsonl", prompts, texts, values)
         (run.out / "eval.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         telling = {name: texts[name] for name in texts if name != "base" or not config.is_world}
-        scores = {name: [row["score"] for row in rows] for name, rows in values.items()}
-        examples = pick_examples(prompts, telling, scores, config.eval.show)
+        examples = pick_examples(prompts, telling, values, config.eval.show)
         said = write_report(run.out, results, examples)
         print(table(results), "", examples_text(examples), "", said, sep="\n")
 
@@ -45,13 +48,12 @@ def answers_of_all(run: Run, prompts: Sequence[Prompt], policies: Sequence[str]
                    ) -> dict[str, list[list[int]]]:
     """Return every model's greedy answers, the base's first, and the best of n where asked for."""
     made = [name for name in policies if run.result(name)]
-    if not made:
-        raise ValueError(f"{run.out} has no model to evaluate: run --stages=sft first")
-    answers = {"base": answer(run, base_model(run), prompts, 0.0)}
-    for name in made:
-        answers[name] = answer(run, load_model(run, run.needed(name, name), frozen=True), prompts,
-                               0.0)
-        if name == "sft" and run.config.eval.best_of:
+    answers: dict[str, list[list[int]]] = {}
+    for name in ("base", *made):
+        path = run.result(name)
+        model = load_model(run, path, frozen=True) if path else base_model(run)
+        answers[name] = answer(run, model, prompts, temperature=0.0)
+        if run.config.eval.best_of and name == ("sft" if "sft" in made else "base"):
             answers[f"best-of-{run.config.eval.best_of}"] = best_of(run, prompts)
     return answers
 

@@ -65,7 +65,8 @@ class Source(ABC):
         config = self.config.data
         prompts, report = data.encode_prompts(records, self.run.tokenizer, config.template,
                                               config.max_prompt_tokens, config.skip_bad)
-        self.run.say(f"{name} prompts: {report}")
+        if not self.config.is_world:  # of whose prompts there is nothing to tell
+            self.run.say(f"{name} prompts: {report}")
         return prompts
 
     def heldout(self) -> list[Prompt]:
@@ -166,7 +167,9 @@ class World(Source):
         config = self.config
         chosen = (self.prompts_of("eval", config.eval.in_domain, 1.0, config.seed)
                   + self.prompts_of("eval", config.eval.general, 0.0, config.seed))
-        write_jsonl(path, map(prompt_row, chosen))
+        # the world draws with repeats; asked twice, a prompt would count as two independent ones
+        distinct = {prompt_key(prompt): prompt for prompt in chosen}
+        write_jsonl(path, map(prompt_row, distinct.values()))
 
     def dialogues(self) -> list[Dialogue]:
         """Draw demonstrations; they are imperfect by construction."""

@@ -25,6 +25,7 @@ import parallel
 import ppo
 import reward
 import sft
+from episodes import Four, collect
 from model import ModelConfig, ScalarModel, Transformer, token_logprobs
 from parallel import Machine
 from train import Term, gather_rollouts, update
@@ -126,10 +127,10 @@ def resume(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, terms:
     return straight
 
 
-def iterate(size: int, machine: Machine) -> tuple[ppo.Rollout, ppo.Models, list[dict]]:
+def iterate(size: int, machine: Machine) -> tuple[ppo.Rollout, Four, list[dict]]:
     """Run one PPO iteration; return its rollout, the models, and the numbers of rollout and steps."""
     config = ppo.PPOConfig(batch_size=8, minibatch_size=4, microbatch_size=size, epochs=2)
-    models = ppo.Models(
+    models = Four(
         actor=parallel.build(Transformer, CONFIG, 0, machine),
         critic=parallel.build(ScalarModel, CONFIG, 1, machine),
         ref=parallel.build(Transformer, CONFIG, 0, machine, frozen=True),
@@ -137,18 +138,18 @@ def iterate(size: int, machine: Machine) -> tuple[ppo.Rollout, ppo.Models, list[
     prompts = [row[:4] for row in rows_of(8, 3)]
     mine = machine.part(range(8))
     with machine.autocast():
-        rollout = ppo.collect(
+        rollout = collect(
             models, [prompts[i] for i in mine], list(mine), config, 10, EOS, (0.0, 1.0), seed=0,
             gathered=parallel.gathered, gather=partial(gather_rollouts, machine))
     rollout, stats = ppo.assign_credit(rollout, config, 0.1, machine.world)
 
     def updating(model: nn.Module, loss: Callable) -> Callable:
         optimizer = parallel.adamw(model, 0.0)
-        return lambda batches: update(model, optimizer, [Term(loss, batches)], 1e-3, 1.0, machine)
+        return lambda batches, step: update(model, optimizer, [Term(loss, batches)], 1e-3, 1.0, machine)
 
     update_actor = updating(models.actor, partial(ppo.actor_loss, config=config, kl_coef=0.1))
     update_critic = updating(models.critic, partial(ppo.critic_loss, config=config))
-    taken = ppo.learn(rollout, config, update_actor, update_critic, seed=0,
+    taken = ppo.learn(rollout, config, [update_actor, update_critic], seed=0,
                       share=machine.microbatches)
     return rollout, models, [stats, *taken]
 

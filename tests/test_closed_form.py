@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import parallel
 import ppo
 from model import ModelConfig, ScalarModel, Transformer, init_weights, token_logprobs
-from ppo import Models, PPOConfig
+from episodes import Four, collect
+from ppo import PPOConfig
 from train import Term, lr_at, update
 
 LETTERS, PROMPT = 6, [5, 0]
@@ -29,6 +30,7 @@ class Table(nn.Module):
     def __init__(self, rewards: Tensor) -> None:
         super().__init__()
         self.rewards = rewards  # (36,)
+        self.score = nn.Linear(1, 1)  # says where the model is
 
     def forward(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
         return self.rewards[tokens[:, -2] * LETTERS + tokens[:, -1]][:, None].expand(tokens.shape)
@@ -52,7 +54,7 @@ def distances(kl_coef: float, seed: int, iterations: int = 60, lr: float = 5e-4,
         actor.lm_head.weight.mul_(1.5)  # a reference that is far from uniform
     ref.load_state_dict(actor.state_dict())
     rewards = 2 * torch.rand(len(ANSWERS), generator=torch.Generator().manual_seed(seed)) - 1
-    models = Models(actor, critic, ref, Table(rewards))
+    models = Four(actor, critic, ref, Table(rewards))
     log_optimum = torch.log_softmax(log_policy(ref) + rewards / kl_coef, dim=0)
     optimizers = [parallel.adamw(model, 0.0) for model in (actor, critic)]
     losses = partial(ppo.actor_loss, config=config, kl_coef=kl_coef), partial(ppo.critic_loss, config=config)
@@ -62,11 +64,11 @@ def distances(kl_coef: float, seed: int, iterations: int = 60, lr: float = 5e-4,
             log_pi = log_policy(actor)
             found.append((log_pi.exp() * (log_pi - log_optimum)).sum().item())
         rows = [iteration * config.batch_size + i for i in range(config.batch_size)]
-        rollout = ppo.collect(models, [PROMPT] * config.batch_size, rows, config, 2, -1, (0.0, 1.0), seed=seed)
+        rollout = collect(models, [PROMPT] * config.batch_size, rows, config, 2, -1, (0.0, 1.0), seed=seed)
         rollout, _ = ppo.assign_credit(rollout, config, kl_coef)
         now = lr_at(iteration, iterations, lr, 0.01, 0.0)
-        ppo.learn(rollout, config, *(lambda batches, i=i: update((actor, critic)[i], optimizers[i], [Term(losses[i], batches)], now, 1.0, MACHINE)
-                                     for i in (0, 1)), seed=iteration)
+        ppo.learn(rollout, config, [lambda batches, step, i=i: update((actor, critic)[i], optimizers[i], [Term(losses[i], batches)], now, 1.0, MACHINE)
+                                     for i in (0, 1)], seed=iteration)
     return found
 
 

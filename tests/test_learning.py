@@ -11,7 +11,8 @@ import ppo
 import reward
 import sft
 from model import Transformer, generate, token_logprobs
-from ppo import Models, PPOConfig
+from episodes import Four, collect
+from ppo import PPOConfig
 from train import Term, update
 
 MACHINE = parallel.Machine(rank=0, world=1, device=torch.device("cpu"), dtype=torch.float32)
@@ -21,7 +22,7 @@ EOS = 2
 def step(model: nn.Module, loss, lr: float = 3e-3):
     """Return a function that takes one optimizer step of `model` on some batches."""
     optimizer = parallel.adamw(model, 0.0)
-    return lambda batches: update(model, optimizer, [Term(loss, batches)], lr, 1.0, MACHINE)
+    return lambda batches, step=0: update(model, optimizer, [Term(loss, batches)], lr, 1.0, MACHINE)
 
 
 def dialogues() -> tuple[list[list[int]], list[list[int]]]:
@@ -75,6 +76,10 @@ def test_reward_learns_a_batch_by_heart(critic):
 class Taste(nn.Module):
     """A reward model that one can read: the share of even tokens so far."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.score = nn.Linear(1, 1)  # says where the model is
+
     def forward(self, tokens, attention_mask):
         even = (tokens % 2 == 0) & attention_mask
         return even.cumsum(1) / attention_mask.cumsum(1).clamp(min=1)
@@ -85,14 +90,14 @@ def test_ppo_learns_what_is_rewarded_and_the_critic_what_comes(actor, critic, co
     settings = PPOConfig(batch_size=64, minibatch_size=16, kl_coef=kl_coef, eos_penalty=0.0)
     ref = Transformer(config)
     ref.load_state_dict(actor.state_dict())
-    models = Models(actor, critic, ref, Taste())
+    models = Four(actor, critic, ref, Taste())
     take = [step(actor, partial(ppo.actor_loss, config=settings, kl_coef=kl_coef), 1e-3), step(critic, partial(ppo.critic_loss, config=settings), 1e-3)]
     prompts, seen = dialogues()[0] * 16, []
     for iteration in range(12):
         rows = [iteration * 64 + i for i in range(64)]
-        rollout = ppo.collect(models, prompts, rows, settings, 8, EOS, (0.5, 0.1), seed=0)
+        rollout = collect(models, prompts, rows, settings, 8, EOS, (0.5, 0.1), seed=0)
         rollout, stats = ppo.assign_credit(rollout, settings, kl_coef)
-        steps = ppo.learn(rollout, settings, *take, seed=iteration, share=MACHINE.microbatches)
+        steps = ppo.learn(rollout, settings, take, seed=iteration, share=MACHINE.microbatches)
         assert steps[0]["ratio_max"] == pytest.approx(1, abs=1e-5) and steps[0]["clip_fraction"] == 0
         seen.append(stats)
     first, last = seen[0], seen[-1]

@@ -14,7 +14,9 @@ from torch import Tensor
 import parallel
 import ppo
 from model import generate, token_logprobs
-from ppo import Models, PPOConfig, Rollout
+from episodes import Four
+from episodes import collect as collect_episodes
+from ppo import PPOConfig, Rollout
 from test_oracle import noisy
 from train import Term, update
 
@@ -25,23 +27,23 @@ MACHINE = parallel.Machine(rank=0, world=1, device=torch.device("cpu"), dtype=to
 
 
 @pytest.fixture
-def models(actor, critic) -> Models:
-    return Models(actor, critic, noisy(actor, 1, 0.02), noisy(critic, 2, 0.05))
+def models(actor, critic) -> Four:
+    return Four(actor, critic, noisy(actor, 1, 0.02), noisy(critic, 2, 0.05))
 
 
-def collect(models: Models, config: PPOConfig = CONFIG, eos_id: int = EOS) -> Rollout:
-    return ppo.collect(models, PROMPTS, list(range(12)), config, 8, eos_id, (0.4, 0.5), seed=5)
+def collect(models: Four, config: PPOConfig = CONFIG, eos_id: int = EOS) -> Rollout:
+    return collect_episodes(models, PROMPTS, list(range(12)), config, 8, eos_id, (0.4, 0.5), seed=5)
 
 
-def iterate(models: Models, config: PPOConfig = CONFIG, change: Callable[[Rollout], Rollout] = ppo.identity, lr: float = 5e-4,
+def iterate(models: Four, config: PPOConfig = CONFIG, change: Callable[[Rollout], Rollout] = ppo.identity, lr: float = 5e-4,
             rollout: Rollout | None = None) -> tuple[Rollout, dict, list[dict], list[Tensor]]:
     """Run a PPO iteration on copies of the models; `change` acts on the rollout before credit is assigned."""
     actor, critic = copy.deepcopy(models.actor), copy.deepcopy(models.critic)
     rollout, stats = ppo.assign_credit(change(rollout or collect(models, config)), config, KL_COEF)
     losses = partial(ppo.actor_loss, config=config, kl_coef=KL_COEF), partial(ppo.critic_loss, config=config)
     optimizers = [parallel.adamw(model, 0.0) for model in (actor, critic)]
-    updates = [lambda batches, i=i: update((actor, critic)[i], optimizers[i], [Term(losses[i], batches)], lr, 1.0, MACHINE, f"norm{i}") for i in (0, 1)]
-    steps = ppo.learn(rollout, config, *updates, seed=0, share=MACHINE.microbatches)
+    updates = [lambda batches, step, i=i: update((actor, critic)[i], optimizers[i], [Term(losses[i], batches)], lr, 1.0, MACHINE, f"norm{i}") for i in (0, 1)]
+    steps = ppo.learn(rollout, config, updates, seed=0, share=MACHINE.microbatches)
     return rollout, stats, steps, [p.detach() for model in (actor, critic) for p in model.parameters()]
 
 
@@ -105,7 +107,7 @@ def test_one_episode_at_a_time(models):
     """Every number of the rollout, the sampled tokens included, is that of the episode alone."""
     together = collect(models)
     for i, prompt in enumerate(PROMPTS):
-        alone = ppo.collect(models, [prompt], [i], CONFIG, 8, EOS, (0.4, 0.5), seed=5)
+        alone = collect_episodes(models, [prompt], [i], CONFIG, 8, EOS, (0.4, 0.5), seed=5)
         width = alone.tokens.size(1)
         for name, x in vars(alone).items():
             if x is not None:

@@ -14,8 +14,11 @@ import torch
 from torch import Tensor, nn
 
 import ppo
+import rollout as episodes_module
+from episodes import Four, collect
 from model import Generation
-from ppo import Models, PPOConfig
+from ppo import PPOConfig
+from reward import RunningMoments
 
 EOS, KL_COEF, SCALE = 12, 0.3, (0.4, 0.5)
 EPISODES = [  # prompts and responses: an EOS in a prompt, an EOS at once, cut off, cut off after one token, id 0, an ordinary one
@@ -59,7 +62,7 @@ def estimate(x: float | Tensor, kind: str) -> float | Tensor:
     return {"k1": x, "k2": x * x / 2, "k3": exp(-x) - 1 + x, "abs": abs(x)}[kind]
 
 
-def oracle(models: Models, new_actor: nn.Module, new_critic: nn.Module, c: PPOConfig, parts: int) -> Numbers:
+def oracle(models: Four, new_actor: nn.Module, new_critic: nn.Module, c: PPOConfig, parts: int) -> Numbers:
     old, ref, values, scores = [], [], [], []
     for p, r in EPISODES:
         with torch.no_grad():
@@ -129,14 +132,15 @@ SWITCHES = [{}, {"kl_kind": "k2"}, {"kl_kind": "k3"}, {"kl_kind": "abs"}, {"kl_i
 @pytest.mark.parametrize("switches", SWITCHES, ids=str)
 def test_iteration_against_the_oracle(actor, critic, monkeypatch, switches):
     config = replace(PPOConfig(batch_size=6, minibatch_size=6, microbatch_size=4, eos_penalty=0.7), **switches)
-    models = Models(actor, critic, noisy(actor, 1, 0.02), noisy(critic, 2, 0.05))
+    models = Four(actor, critic, noisy(actor, 1, 0.02), noisy(critic, 2, 0.05))
     new_actor, new_critic = noisy(actor, 3, 0.05), noisy(critic, 4, 0.05)
     sampled = Generation(RESPONSES, [[0.0] * len(r) for r in RESPONSES])
-    monkeypatch.setattr(ppo, "generate", lambda *args: sampled)
-    rollout = ppo.collect(models, PROMPTS, list(range(6)), config, 6, EOS, SCALE, seed=0)
-    rollout, stats = ppo.assign_credit(rollout, config, KL_COEF, ranks=2)
+    monkeypatch.setattr(episodes_module, "generate", lambda *args: sampled)
+    rollout = collect(models, PROMPTS, list(range(6)), config, 6, EOS, SCALE, seed=0)
+    rescale = RunningMoments().rescale if config.score_scale == "running" else ppo.identity
+    rollout, stats = ppo.assign_credit(rollout, config, KL_COEF, ranks=2, rescale=rescale)
     new64 = [copy.deepcopy(model).double() for model in (new_actor, new_critic)]
-    expected = oracle(Models(*(copy.deepcopy(model).double() for model in models)), *new64, config, parts=2)
+    expected = oracle(Four(*(copy.deepcopy(model).double() for model in models)), *new64, config, parts=2)
     mask = rollout.response_mask
     for b in range(6):
         for name in ("rewards", "advantages", "returns"):

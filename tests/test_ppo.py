@@ -7,9 +7,12 @@ import pytest
 import torch
 
 import ppo
-from model import token_logprobs
-from ppo import (AdaptiveKLController, Models, PPOConfig, Rollout, RunningMoments, final_scores, gae, kl_penalty, masked_mean, policy_loss,
-                 shape_rewards, value_loss, whiten)
+from model import Generation, token_logprobs
+from episodes import Four, collect
+from ppo import (AdaptiveKLController, PPOConfig, Rollout, final_scores, gae, kl_penalty, masked_mean, policy_loss, shape_rewards, value_loss,
+                 whiten)
+from reward import RunningMoments
+from rollout import lay_out, merge
 
 CONFIG = PPOConfig(batch_size=6, minibatch_size=3, microbatch_size=2, epochs=2)
 EOS = 12  # one prompt holds it: only sampled ones may end an episode
@@ -198,15 +201,17 @@ def test_adaptive_controller():
 
 
 def rollout_of(actor, critic) -> Rollout:
-    models = Models(actor, critic, copy.deepcopy(actor), copy.deepcopy(critic))
-    return ppo.collect(models, PROMPTS, list(range(6)), CONFIG, max_new_tokens=8, eos_id=EOS, calibration=(0.5, 2.0), seed=3)
+    models = Four(actor, critic, copy.deepcopy(actor), copy.deepcopy(critic))
+    return collect(models, PROMPTS, list(range(6)), CONFIG, max_new_tokens=8, eos_id=EOS, scale=(0.5, 2.0), seed=3)
 
 
 @pytest.mark.line(2)
 def test_masks_come_from_lengths():
     """Token 0, which pads, and EOS may stand anywhere in a prompt; a response may be its EOS alone."""
-    tokens, attention, response, logprobs = ppo.pad_responses([[1, EOS, 0], [0, 5]], [[EOS], [0, 7, 0, EOS]], [[-0.5], [-1.0, -2.0, -3.0, -4.0]],
-                                                              torch.device("cpu"))
+    generation = Generation([[EOS], [0, 7, 0, EOS]], [[-0.5], [-1.0, -2.0, -3.0, -4.0]])
+    laid_out = lay_out([[1, EOS, 0], [0, 5]], generation, torch.device("cpu"))
+    tokens, logprobs = laid_out["tokens"], laid_out["sampler_logprobs"]
+    attention, response = laid_out["attention_mask"], laid_out["response_mask"]
     assert tokens.tolist() == [[1, EOS, 0, EOS, 0, 0], [0, 5, 0, 7, 0, EOS]]
     assert attention.int().tolist() == [[1, 1, 1, 1, 0, 0], [1] * 6]
     assert response.int().tolist() == [[0, 0, 0, 1, 0, 0], [0, 0, 1, 1, 1, 1]]
@@ -217,21 +222,22 @@ def test_masks_come_from_lengths():
 def test_penalty_for_answers_cut_off():
     """Scores .5 and 3, the second cut off; clip, then penalty: by hand."""
     cut_off, scores = torch.tensor([False, True]), torch.tensor([0.5, 3.0])
-    rollout = Rollout(*[torch.zeros(2, 1)] * 6, scores=scores, cut_off=cut_off, sampler_logprobs=torch.zeros(2, 1))
+    rollout = Rollout(*[torch.zeros(2, 1)] * 5, scores=scores, cut_off=cut_off, sampler_logprobs=torch.zeros(2, 1))
 
     def final(**switches):
-        return final_scores(rollout, replace(CONFIG, eos_penalty=0.75, **switches), RunningMoments()).tolist()
+        return final_scores(rollout, replace(CONFIG, eos_penalty=0.75, **switches)).tolist()
     assert final(missing_eos="subtract") == [0.5, 2.25] and final(missing_eos="override") == [0.5, -0.75] and final(missing_eos="off") == [0.5, 3.0]
     assert final(missing_eos="subtract", score_clip=1.0) == [0.5, 0.25], "the penalty is not clipped away"
 
 
 def test_running_moments_are_those_of_all_scores_so_far():
     moments, batches = RunningMoments(), [noise(5) * 3 + 2, noise(1, seed=1), noise(20, seed=2) - 1]
-    for batch in batches:
-        moments.update(batch)
-    scores = torch.cat(batches).double()
+    for n, batch in enumerate(batches, 1):
+        rescaled = moments.rescale(batch)
+        scores = torch.cat(batches[:n]).double()
+        expected = (batch - scores.mean()) / scores.std(correction=0)
+        torch.testing.assert_close(rescaled, expected.float())
     assert (moments.count, moments.mean) == (26, pytest.approx(scores.mean().item(), abs=1e-7))
-    torch.testing.assert_close(moments.standardise(scores), (scores - scores.mean()) / scores.std(correction=0))
 
 
 @pytest.mark.line(14)
@@ -276,7 +282,7 @@ def test_merge_widens_to_the_longest(actor, critic):
     narrow = [whole.rows(torch.tensor([i])) for i in range(6)]
     narrow = [Rollout(**{k: v[:, :8] if v is not None and v.dim() == 2 and not part.attention_mask[0, 8:].any() else v
                          for k, v in vars(part).items()}) for part in narrow]
-    merged = ppo.merge(narrow)
+    merged = merge(narrow)
     assert all(torch.equal(getattr(merged, name)[:, :width], getattr(whole, name)[:, :width]) for name in ("tokens", "logprobs", "response_mask")
                for width in [whole.tokens.size(1)])
 
@@ -290,8 +296,8 @@ def test_every_episode_is_seen_once_an_epoch(actor, critic, epochs, minibatch):
     rollout = replace(rollout, scores=torch.arange(6.0))  # names the episodes
 
     def record(name):
-        return lambda batches: seen[name].append([int(x) for batch in batches for x in batch.scores]) or {}
-    steps = ppo.learn(rollout, config, record("actor"), record("critic"), seed=0)
+        return lambda batches, step: seen[name].append([int(x) for batch in batches for x in batch.scores]) or {}
+    steps = ppo.learn(rollout, config, [record("actor"), record("critic")], seed=0)
     assert len(steps) == len(seen["actor"]) == epochs * 6 // minibatch and seen["actor"] == seen["critic"]
     orders = [sum(seen["actor"][i:i + 6 // minibatch], []) for i in range(0, len(steps), 6 // minibatch)]
     assert all(sorted(order) == list(range(6)) for order in orders) and len({tuple(order) for order in orders}) == epochs
@@ -299,7 +305,7 @@ def test_every_episode_is_seen_once_an_epoch(actor, critic, epochs, minibatch):
 
 def test_without_an_actor_update_only_the_critic_learns(actor, critic):
     rollout, _ = ppo.assign_credit(rollout_of(actor, critic), CONFIG, kl_coef=0.1)
-    assert ppo.learn(rollout, CONFIG, None, lambda batches: {"seen": len(batches)}, seed=0) == [{"seen": 2}] * 4
+    assert ppo.learn(rollout, CONFIG, [lambda batches, step: {"seen": len(batches), "step": step}], seed=0) == [{"seen": 2, "step": i} for i in range(4)]
 
 
 @pytest.mark.parametrize("bad", [{"kl_kind": "k9"}, {"minibatch_size": 4}, {"temperature": 0.0}, {"kl_in": "loss", "kl_kind": "k1"}])

@@ -96,9 +96,9 @@ def test_filters_are_warned_about(base, tmp_path, capsys):
 @pytest.mark.line(20)
 def test_scores_of_the_sft_model_have_mean_0_and_deviation_1(base):
     """Fresh samples of the SFT model, read one row at a time."""
-    config = settings.parse_args([f"--base={base}", "--stages=eval"])
+    config = settings.parse_args([f"--base={base}", "--stages=eval"], train.STAGES)
     run = folder.Run(config, parallel.Machine(0, 1, torch.device("cpu"), torch.float32), base, folder.prepare_tokenizer(config, base))
-    prompts, scale = sources.training_prompts(run)[:300], json.loads((base / "reward" / "config.json").read_text())
+    prompts, scale = [list(prompt.ids) for prompt in sources.open_source(run).prompts_to_train()[:300]], json.loads((base / "reward" / "config.json").read_text())
     answers = generate(load_pretrained(base / "sft"), prompts, config.data.max_response_tokens, eos_id=run.tokenizer.eos_id, seed=999).tokens
     model = load_pretrained(base / "reward", kind=ScalarModel)
     with torch.no_grad():

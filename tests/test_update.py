@@ -113,5 +113,5 @@ def test_bfloat16_steps_float32_masters():
 
 
 def test_learning_rate():
-    """100 steps, 10 of them rising, then down to a tenth: by hand."""
-    assert [lr_at(step, 100, 2.0, 0.1, 0.1) for step in (0, 4, 9, 10, 55, 100)] == pytest.approx([0.2, 1.0, 2.0, 2.0, 1.1, 0.2])
+    """101 steps, 10 of them rising, then down to a tenth at the last, number 100: by hand."""
+    assert [lr_at(step, 101, 2.0, 0.1, 0.1) for step in (0, 4, 9, 10, 55, 100)] == pytest.approx([0.2, 1.0, 2.0, 2.0, 1.1, 0.2])
