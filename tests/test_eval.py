@@ -20,13 +20,10 @@ from evaluation.head_to_head import Pair, read_judgments, to_judge, write_page
 from evaluation.statistics import change_interval, contest, length_controlled, prefer, share_interval
 from data import Tokenizer
 from model import ScalarModel, generate, last_scores
+from formats.files import read_jsonl
 from weights.loading import load_pretrained
-from evaluation import head_to_head
-from evaluation import report
-from evaluation import speaking
-from evaluation import statistics
-from formats import reading
-from formats import records
+from evaluation import chat, head_to_head, judging, plots, report, speaking, statistics
+from formats import reading, records
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -256,31 +253,141 @@ def test_reward_command_against_a_loop(finished, capsys):
 # ---------------------------------------------------------------------------------------------
 # A run's numbers and report
 
-def test_changes_by_hand():
-    before = {"in_domain": {"gold": [0.0, 0.5, 1.0]}, "general": {"add": [1.0, 0.0], "sort": [0.0]}}
-    after = {"in_domain": {"gold": [0.5, 0.5, 1.0]}, "general": {"add": [1.0, 1.0], "sort": [1.0]}}
-    assert evaluation.summarise(after) == {"in_domain": {"gold": pytest.approx(2 / 3), "n": 3},
-                                           "general": {"mean": 1.0, "tasks": {"add": 1.0, "sort": 1.0}, "n": 3}}
-    result = evaluation.changes(after, before)
-    assert result["in_domain"]["gold"]["change"] == pytest.approx(0.5 / 3)
-    assert result["general"]["tasks"]["add"] == {"change": 0.5, "interval": change_interval([[0.0, 1.0]])}
-    assert result["general"]["mean"] == {"change": 0.75, "interval": change_interval([[0.0, 1.0], [1.0]])}
-    scores = evaluation.changes({"in_domain": {"score": [3.0, 5.0]}}, {"in_domain": {"score": [2.0, 2.0]}})
-    assert scores["in_domain"]["score"] == {"change": 2.0, "interval": change_interval([[1.0, 3.0]], pseudo=0.0)}
+def prompt(text: str, task: str = "", answer: str | None = None) -> records.Prompt:
+    return records.Prompt((records.Message("user", text),), "here", answer, task)
+
+
+def test_assess_by_hand():
+    """Two prompts of the domain and three of two tasks; base, sft, ppo and a fourth model."""
+    prompts = [prompt("a"), prompt("b"), prompt("c", "add"), prompt("d", "add"), prompt("e", "sort")]
+
+    def rows(golds, multi, stricts):
+        domain = [{"score": gold, "gold": gold, "multi": multi} for gold in golds]
+        del domain[0]["multi"]
+        return domain + [{"score": -9.0, "gold": 0.5, "strict": strict} for strict in stricts]
+    values = {"base": rows([0.0, 0.0], 0.0, [0.0, 0.0, 0.0]), "sft": rows([0.5, 1.0], 0.0, [1.0, 0.0, 0.0]),
+              "ppo": rows([1.0, 1.0], 1.0, [1.0, 1.0, 1.0]), "dpo": rows([0.0, 1.0], 0.0, [0.0, 0.0, 0.0])}
+    answers = {name: ["x" * (n + 1)] * 5 for n, name in enumerate(values)}
+    result = evaluation.assess(prompts, answers, values, "sft")
+    assert list(result["models"]) == ["base", "sft", "ppo", "dpo"] and result["reference"] == "sft"
+    assert result["models"]["sft"] == {"in_domain": {"gold": 0.75, "multi": 0.0, "n": 2},
+                                       "general": {"mean": 0.25, "tasks": {"add": 0.5, "sort": 0.0}, "n": 3}}
+    assert list(result["changes"]) == ["base", "ppo", "dpo"]
+    changed = result["changes"]["ppo"]
+    assert changed["in_domain"] == {"gold": {"change": 0.25, "interval": change_interval([[0.5, 0.0]])},
+                                    "multi": {"change": 1.0, "interval": change_interval([[1.0]])}}
+    assert changed["general"]["tasks"]["add"] == {"change": 0.5, "interval": change_interval([[0.0, 1.0]])}
+    assert changed["general"]["mean"] == {"change": 0.75, "interval": change_interval([[0.0, 1.0], [1.0]])}
+    assert result["changes"]["dpo"]["in_domain"]["gold"]["change"] == -0.25
+    assert result["head_to_head"] == {"ppo_vs_sft": contest([1.0, 0.5], [(3, 2), (3, 2)]),
+                                      "dpo_vs_sft": contest([0.0, 0.5], [(4, 2), (4, 2)])}
+    other = evaluation.assess(prompts, answers, values, "ppo")
+    assert other["changes"]["sft"]["in_domain"]["gold"]["change"] == -0.25
+    assert list(other["head_to_head"]) == ["sft_vs_ppo", "dpo_vs_ppo"]
+    assert other["head_to_head"]["sft_vs_ppo"]["loss"] == result["head_to_head"]["ppo_vs_sft"]["win"]
+
+
+def test_a_score_is_shown_where_there_is_nothing_else():
+    """Its changes have no bounds, so there are no pseudo-pairs."""
+    prompts = [prompt("a"), prompt("b")]
+    answers = {"sft": ["x", "y"], "ppo": ["x", "y"]}
+    values = {"sft": [{"score": 2.0}, {"score": 2.0}], "ppo": [{"score": 3.0}, {"score": 5.0}]}
+    result = evaluation.assess(prompts, answers, values, "sft")
+    assert result["models"]["ppo"] == {"in_domain": {"score": 4.0, "n": 2}}
+    assert result["changes"]["ppo"] == {"in_domain": {"score": {"change": 2.0, "interval": change_interval([[1.0, 3.0]], pseudo=0.0)}}}
+    lines = report.table(result).splitlines()
+    assert lines[1].split()[:3] == ["SFT", "PPO", "change"]
+    assert lines[2].split()[:6] == ["reward", "score", "(n=2)", "2.00", "4.00", "+2.00"]
+
+
+def test_a_change_without_spread_has_an_interval():
+    """The variance of equal differences may be rounded to less than nothing."""
+    low, high = change_interval([[0.1] * 3], pseudo=0.0)
+    assert low == pytest.approx(0.1) and high == pytest.approx(0.1)
+
+
+def test_without_the_reference_nothing_is_compared(tmp_path):
+    prompts = [prompt("a")]
+    values = {"base": [{"score": 1.0}], "ppo": [{"score": 2.0}]}
+    answers = {"base": ["x"], "ppo": ["y"]}
+    result = evaluation.assess(prompts, answers, values, "sft")
+    assert result["models"]["ppo"]["in_domain"] == {"score": 2.0, "n": 1}
+    assert (result["reference"], result["changes"], result["head_to_head"]) == ("sft", {}, {})
+    assert "change" not in report.table(result) and "vs" not in report.table(result)
+    report.write_report(tmp_path, result, [])
+    assert "change" not in (tmp_path / "report.md").read_text()
+
+
+def test_metrics_of_a_users_own_function_are_shown_as_they_are():
+    """Known shares in percent, others plainly, bounded by nothing; what one answer lacks is no zero."""
+    prompts = [prompt("a"), prompt("b")]
+    values = {"sft": [{"score": 0.0, "words_of_the_answer_in_all": 10.0}, {"score": 0.0, "words_of_the_answer_in_all": 20.0, "strict": 1.0}],
+              "best_of_16": [{"score": 1.0, "words_of_the_answer_in_all": 40.0, "depth": 3.0}, {"score": 0.0, "words_of_the_answer_in_all": 80.0, "strict": 0.0}]}
+    answers = {name: ["x", "y"] for name in values}
+    result = evaluation.assess(prompts, answers, values, "sft")
+    assert result["models"]["best_of_16"] == {"in_domain": {"strict": 0.0, "words_of_the_answer_in_all": 60.0, "depth": 3.0, "n": 2}}
+    changed = result["changes"]["best_of_16"]["in_domain"]
+    assert changed["words_of_the_answer_in_all"] == {"change": 45.0, "interval": change_interval([[30.0, 60.0]], pseudo=0.0)}
+    assert changed["strict"] == {"change": -1.0, "interval": change_interval([[-1.0]])} and "depth" not in changed
+    lines = report.table(result).splitlines()
+    assert [line.split() for line in lines[2:4]] == [["in-domain", "(n=2),", "%"], ["strict", "exactly", "right", "100.0", "0.0", "-100.0", "-100.0", "to", "+51.0", "noise"]]
+    assert lines[5].split()[:4] == ["words_of_the_answer_in_all", "15.00", "60.00", "+45.00"]
+    assert lines[6].split() == ["depth", "-", "3.00"]
+    assert lines[1].index("SFT") + 3 == lines[5].index("15.00") + 5, "columns stand under their names, however long those are"
+    assert lines[1].index("BEST_OF_16") + 10 == lines[5].index("60.00") + 5 == lines[3].index(" 0.0") + 4
+    assert "best_of_16 vs sft, in-domain: wins 50.0 %" in lines[7]
+
+
+def test_answers_of_an_evaluation_come_back(tmp_path):
+    dialogue = (records.Message("system", "Be brief."), records.Message("user", "é\nüber 漢"))
+    prompts = [records.Prompt(dialogue, "here", None), prompt("Copy: a b", "copy", "a b")]
+    answers = {"sft": ["x\ny", " a b"], "ppo": ["", "a b"]}
+    values = {"sft": [{"score": 0.25}, {"score": 0.0, "strict": 0.0}], "ppo": [{"score": -1.5}, {"score": 1.0, "strict": 1.0}]}
+    evaluation.write_answers(tmp_path / "answers.jsonl", prompts, answers, values)
+    rows = read_jsonl(tmp_path / "answers.jsonl")
+    assert [row["model"] for row in rows] == ["sft", "ppo"] * 2
+    assert rows[0] == {"prompt": "system: Be brief.\n\nuser: é\nüber 漢", "task": "", "answer": None, "model": "sft",
+                       "response": "x\ny", "values": {"score": 0.25}}
+    for n, row in enumerate(rows):
+        assert row["prompt"] == prompts[n // 2].text and row["task"] == prompts[n // 2].task and row["answer"] == prompts[n // 2].answer
+        assert row["response"] == answers[row["model"]][n // 2] and row["values"] == values[row["model"]][n // 2]
+
+
+def test_answers_of_a_run_add_up_to_its_numbers(finished):
+    out, _ = finished
+    rows = read_jsonl(out / "answers.jsonl")
+    models = json.loads((out / "eval.json").read_text())["models"]
+    assert list(models) == ["base", "sft", "ppo"] and len(rows) == 3 * 44
+    for name, model in models.items():
+        mine = [row["values"] for row in rows if row["model"] == name and not row["task"]]
+        assert len(mine) == model["in_domain"]["n"] == 20
+        for metric in ("gold", "strict", "multi", "verdict"):
+            given = [row[metric] for row in mine if metric in row]
+            assert sum(given) / len(given) == pytest.approx(model["in_domain"][metric])
+    items = microcosm.items("eval", 20, 0, 1.0)
+    assert [row["answer"] for row in rows[:60:3]] == [item.answer for item in items]
+    grades = [microcosm.grade(item, row["response"]) for item, row in zip(items, rows[2:60:3])]
+    assert models["ppo"]["in_domain"]["gold"] == pytest.approx(sum(grade.gold for grade in grades) / 20)
+    assert models["ppo"]["in_domain"]["strict"] == pytest.approx(sum(grade.strict for grade in grades) / 20)
 
 
 def test_report_of_a_run(finished):
     out, _ = finished
     text = (out / "report.md").read_text()
     results = json.loads((out / "eval.json").read_text())
-    lines = text.splitlines()
+    first, other = text.split("## base against sft")
+    lines = first.splitlines()
     header, = [line for line in lines if "BASE" in line]
     assert header.split() == ["BASE", "SFT", "PPO", "change", "95", "%", "interval"]
     for task in microcosm.TASKS:
         line, = [line for line in lines if line.startswith(f"  {task} ")]
-        low, high = results["changes"]["general"]["tasks"][task]["interval"]
+        low, high = results["changes"]["ppo"]["general"]["tasks"][task]["interval"]
         assert line.endswith("noise") == (low <= 0 <= high) and f"{100 * low:+.1f} to {100 * high:+.1f}" in line
     assert text.count("truth  ") == 3 and text.count("ppo (") == 3
+    assert "**change** is ppo less sft" in first and "## ppo against sft" not in text
+    assert other.splitlines()[3].split() == ["SFT", "BASE", "change", "95", "%", "interval"]
+    low, high = results["changes"]["base"]["in_domain"]["verdict"]["interval"]
+    assert f"{100 * low:+.1f} to {100 * high:+.1f}" in next(line for line in other.splitlines() if line.startswith("  verdict"))
     pytest.importorskip("matplotlib")
     for name in ("tasks", "score_against_kl", "sft", "reward", "ppo"):
         assert f"![{name}.png]" in text and (out / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
@@ -295,7 +402,7 @@ def test_report_without_matplotlib_asks_for_it(finished, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("interval,is_noise", [((-0.1, 0.2), True), ((0.01, 0.2), False), ((-0.2, -0.01), False), ((0.0, 0.1), True)])
 def test_noise_is_what_might_be_nothing(interval, is_noise):
-    line = report.table_row("x", [0.5, 0.55], {"change": 0.05, "interval": interval})
+    line = report.table_row(report.Line("x", [0.5, 0.55], {"change": 0.05, "interval": interval}))
     assert line.endswith("noise") == is_noise and "+5.0" in line
 
 
@@ -303,6 +410,38 @@ def test_table_of_one_model(finished):
     results = json.loads((finished[0] / "eval.json").read_text())
     del results["models"]["ppo"]
     assert "change" not in report.table({**results, "changes": {}, "head_to_head": {}})
+
+
+# ---------------------------------------------------------------------------------------------
+# Plots
+
+def test_every_model_has_a_colour_and_keeps_it():
+    names = ["base", "sft", "best_of_4", "dpo", "ppo"]
+    colours = plots.colours_of(names)
+    assert len(set(colours.values())) == 5 and colours["ppo"] == plots.colours_of(["ppo"])["ppo"]
+
+
+def test_tasks_of_four_models_are_drawn():
+    pytest.importorskip("matplotlib")
+    models = {name: {"add": 0.2 * n, "sort": 0.9} for n, name in enumerate(("base", "sft", "dpo", "ppo"))}
+    figure = plots.draw_tasks(models, {"add": (0.4, (0.2, 0.6)), "sort": (0.0, (-0.1, 0.1))}, "sft")
+    bars, intervals = figure.axes
+    assert sorted(round(bar.get_width()) for bar in bars.patches) == [0, 20, 40, 60, 90, 90, 90, 90]
+    edges = sorted((bar.get_y(), bar.get_y() + bar.get_height()) for bar in bars.patches)
+    assert all(end <= start + 1e-9 for (_, end), (start, _) in zip(edges, edges[1:])), "no bar covers another"
+    assert "ppo less sft" in intervals.get_xlabel()
+    points = [line for line in intervals.lines if line.get_marker() == "o"]
+    assert [point.get_xdata()[0] for point in points] == [40.0, 0.0]
+    assert [point.get_markerfacecolor() == "white" for point in points] == [False, True], "noise is hollow"
+
+
+def test_curves_of_what_was_logged():
+    """Without a critic there is no explained variance, and no empty picture of it."""
+    pytest.importorskip("matplotlib")
+    rows = [{"stage": "ppo", "step": n, "score_mean": 0.1 * n, "kl": 0.2 * n, "entropy": 1.0, "response_length": 9.0} for n in range(5)]
+    figure = plots.draw_curves(plots.pyplot(), "ppo", rows)
+    assert [axis.get_title() for axis in figure.axes if axis.axison] == ["score_mean", "kl", "entropy", "response_length"]
+    assert plots.draw_curves(plots.pyplot(), "ppo", []) is None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -331,6 +470,28 @@ def test_compare_by_a_reward_model(finished, tmp_path, capsys):
     assert f"losses {loss} %" in first and f"losses {win} %" in second, "the order of the two models does not matter"
 
 
+def test_compare_by_a_reward_function(finished, tmp_path, capsys):
+    """It sees the prompt, the answer and the reference answer of the file."""
+    out, _ = finished
+    items = microcosm.items("eval", 6, 5, 0.5)
+    prompts = write(tmp_path / "p.jsonl", [{"prompt": item.prompt, "response": item.answer} for item in items])
+    function = tmp_path / "function.py"
+    function.write_text(f"PROMPTS = {[item.prompt for item in items]}\nANSWERS = {[item.answer for item in items]}\n"
+                        "def score(prompt, response, answer):\n"
+                        "    assert ANSWERS[PROMPTS.index(prompt)] == answer\n"
+                        "    return -abs(len(response) - len(answer))\n")
+    page = tmp_path / "page.html"
+    command("compare", str(out / "ppo"), str(out / "sft"), f"--prompts={prompts}", f"--judge={function}", f"--page={page}")
+    said = capsys.readouterr().out
+    wins = 0
+    speakers = [speaking.load(out / name, {}) for name in ("ppo", "sft")]
+    for item in items:
+        first, second = (next(speaking.answers(speaker, speaking.encode(speaker, [prompt(item.prompt)])))[0].text for speaker in speakers)
+        wins += abs(len(first) - len(item.answer)) < abs(len(second) - len(item.answer))
+    assert f"judged by {function}" in said and f"prompts (n=6): wins {100 * wins / 6:.1f} %" in said
+    assert page.read_text().count("class=truth") == 6
+
+
 def test_compare_by_people(finished, tmp_path, capsys):
     """The command writes what is to be judged; once that is filled in, the same command reads it."""
     out, _ = finished
@@ -357,10 +518,10 @@ def test_an_answer_cut_off_is_judged_without_an_eos(finished):
     judge = speaking.load(finished[0] / "reward", {}, ScalarModel)
     record = records.Prompt((records.Message("user", "Copy: cat dog"),), "")
     prompt, response = data.encode_prompt(judge.tokenizer, record.messages, "plain"), data.encode_response(judge.tokenizer, "cat dog", "plain")
-    scores = speaking.judged(judge, [record] * 2, [speaking.Answer("cat dog", True), speaking.Answer("cat dog", False)])
-    assert scores == pytest.approx(speaking.calibrated(judge, [prompt + response, prompt + response[:-1]])) and scores[0] != scores[1]
+    scores = judging.judged(judge, [record] * 2, [speaking.Answer("cat dog", True), speaking.Answer("cat dog", False)])
+    assert scores == pytest.approx(judging.scores(judge, [prompt + response, prompt + response[:-1]])) and scores[0] != scores[1]
     with pytest.raises(ValueError, match="the context of the judge"):
-        speaking.judged(judge, [record], [speaking.Answer("cat " * 200, True)])
+        judging.judged(judge, [record], [speaking.Answer("cat " * 200, True)])
 
 
 def test_page_shows_text_as_text(tmp_path):
@@ -404,14 +565,14 @@ def test_chat_says_what_generate_says(finished, monkeypatch, capsys, temperature
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(finished, monkeypatch, capsys, request):
-    folder, stream = finished[0] / "ppo", speaking.stream
+    folder, stream = finished[0] / "ppo", chat.stream
 
     def interrupted(*args, **kwargs):
         for i, token in enumerate(stream(*args, **kwargs)):
             if i == 2 and kwargs["row"] == 0:
                 signal.raise_signal(signal.SIGINT)
             yield token
-    monkeypatch.setattr(speaking, "stream", interrupted)
+    monkeypatch.setattr(chat, "stream", interrupted)
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start what runs in the background with SIGINT ignored
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, handler))
     out, _ = talk(monkeypatch, capsys, folder, ["Review: Buy our new beer.", "/reset", "Copy: cat dog"], "--temperature=0")
@@ -428,15 +589,52 @@ def test_chat_survives_what_is_too_long(finished, monkeypatch, capsys):
     assert "there is room for 116: shorten it" in err and out.count("[score") == 12
 
 
+def test_whole_turns_are_forgotten_and_the_system_text_stays():
+    system, last = records.Message("system", "s"), records.Message("user", "now")
+    turns = tuple(records.Message(("user", "assistant")[i % 2], str(i)) for i in range(6))
+    for n in range(9):  # room for so many messages
+        for start in ((), (system,)):
+            kept = chat.remember((*start, *turns, last), lambda part: len(part) <= n)
+            assert kept[:len(start)] == start and kept[-1] == last
+            rest = kept[len(start):]
+            assert rest == (*turns, last)[-len(rest):] and rest[0].role == "user" and len(rest) % 2 == 1
+            assert len(kept) <= n or len(rest) == 1, "what does not fit is forgotten"
+            assert len(kept) + 2 > n or len(rest) == 7, "and no turn more"
+
+
+def test_chat_forgets_whole_turns(finished, monkeypatch, capsys):
+    """The model is asked with the turns that fit, each with its answer; expected by counting tokens."""
+    folder = finished[0] / "ppo"
+    asked = []
+
+    def listening(model, prompt, *args, **kwargs):
+        asked.append(list(prompt))
+        return stream(model, prompt, *args, **kwargs)
+    stream = chat.stream
+    monkeypatch.setattr(chat, "stream", listening)
+    said = [f"Copy: cat dog {'owl ' * n}".strip() for n in (1, 9, 2, 14, 3, 3, 11, 0)]
+    out, err = talk(monkeypatch, capsys, folder, said, "--temperature=0")
+    assert not err
+    tokenizer, model = Tokenizer(folder), load_pretrained(folder)
+    turns = []
+    for n, (text, ids) in enumerate(zip(said, asked, strict=True)):
+        dialogues = [(*sum(turns[start:], ()), records.Message("user", text)) for start in range(len(turns) + 1)]
+        fitting = [ids for ids in (data.encode_prompt(tokenizer, dialogue, "plain") for dialogue in dialogues) if len(ids) <= 116]
+        assert ids == fitting[0], f"turn {n}"
+        given = generate(model, [ids], 12, 0.0, eos_id=tokenizer.eos_id).tokens[0]
+        turns.append((records.Message("user", text), records.Message("assistant", tokenizer.decode(given))))
+    assert len(fitting) < len(dialogues), "something was forgotten"
+
+
 def test_a_character_of_several_tokens_is_shown_whole():
     class Bytes:
         def decode(self, ids):
             return bytes(ids).decode(errors="replace")
     text = "né 😀 漢 \ufffd"
-    shown = list(speaking.pieces(Bytes(), iter(text.encode()), []))
+    shown = list(chat.pieces(Bytes(), iter(text.encode()), []))
     assert "".join(shown) == text and "\ufffd" not in "".join(shown[:-1]) and "😀" in shown
-    assert "".join(speaking.pieces(Bytes(), iter(b"a\xff\xffb\xf0\x9f"), [])) == "a\ufffd\ufffdb\ufffd"
-    assert "".join(speaking.pieces(Bytes(), iter(()), [])) == ""
+    assert "".join(chat.pieces(Bytes(), iter(b"a\xff\xffb\xf0\x9f"), [])) == "a\ufffd\ufffdb\ufffd"
+    assert "".join(chat.pieces(Bytes(), iter(()), [])) == ""
 
 
 @real_data
@@ -444,7 +642,7 @@ def test_pieces_of_llamas_tokenizer():
     tokenizer = Tokenizer(SHARED / "tokenizer")
     for text in ("Hello  world\n\n 😀 it is 漢字 né", " leading", "", "\n"):
         ids = [*tokenizer.encode(text), tokenizer.eos_id]
-        assert "".join(speaking.pieces(tokenizer, iter(ids), [])) == tokenizer.decode(ids)
+        assert "".join(chat.pieces(tokenizer, iter(ids), [])) == tokenizer.decode(ids)
 
 
 def test_generate_writes_what_people_can_rank(finished, tmp_path, capsys):
@@ -491,6 +689,8 @@ BAD_INPUT = [
     (["generate", "{run}/ppo", "--prompts={f}/good.jsonl", "--n=0"], "argument --n: 0: expected int of at least 1"),
     (["compare", "a", "b", "--judge={f}/bad_judgments.jsonl"], "{f}/bad_judgments.jsonl:2: broken JSON"),
     (["compare", "{run}/ppo", "{run}/sft", "--prompts={f}/good.jsonl"], "who judges the answers"),
+    (["compare", "{run}/ppo", "{run}/sft", "--judge={f}/none.py"], "{f}/none.py: no such file"),
+    (["compare", "{run}/ppo", "{run}/ppo", "--judge={f}/none.json"], "a judgment could not say whom it prefers"),
     (["compare", "{run}/ppo", "{run}/sft", "--page={f}/none/page.html"], "--page={f}/none/page.html: there is no such folder"),
     (["compare", "{run}/ppo", "{run}/sft", "--prompt={f}/good.jsonl"], "unrecognized arguments: --prompt="),
     (["talk"], "invalid choice: 'talk'"),
