@@ -41,6 +41,7 @@ from model import ScalarModel
 RUBRIC = Path(microcosm.__file__).with_name("rubric.py")
 
 
+# Settings are flags of train.py (--eval.reference=ppo), and the comments are their help.
 @dataclass(frozen=True)
 class EvalConfig:
     prompts: tuple[str, ...] = ()       # prompt files; none: prompts held out from ppo.prompts
@@ -55,7 +56,16 @@ class EvalConfig:
 # -------------------------------------------------------------------------------------------------
 # The numbers of a run: from the values of single answers to what they add up to
 
-Values = Sequence[Mapping[str, float]]  # of one model: for every prompt its answer's metrics
+# Everything is kept per prompt until the very end:
+#
+#     prompts          p_1            p_2            p_3  ...   task "" or the name of a general one
+#     answers[model]   a_1            a_2            a_3        texts
+#     values[model]    {"score": ..}  {"score": ..}  {..}       of the answer, by whoever judges
+#
+# A change between two models is the mean of the differences in a column, not the difference of two
+# means with an interval each; that is why all models answer the same prompts.
+
+Values = Sequence[Mapping[str, float]]  # of one model, one row per prompt
 
 
 def assess(
@@ -76,11 +86,16 @@ def assess(
         head_to_head: "ppo_vs_sft" -> who wins in-domain by the score; base takes no part, since a
             win over a model that only babbles says nothing
     """
+    # 1. Every model by itself.
     models = {name: summarise(prompts, rows) for name, rows in values.items()}
-    # Without the reference there is nothing to compare with: the table has columns and no changes.
+
+    # 2. Against the reference, prompt by prompt. Where that is missing, because the run never
+    #    trained it, there is nothing to compare with: the table has columns and no changes.
     others = [name for name in models if name != reference] if reference in models else []
     changes = {name: changes_between(prompts, values[name], values[reference]) for name in others}
 
+    # 3. Head to head: who wins how often. A mean can rise because a few answers got much better;
+    #    wins tell whether many did. General tasks are right or wrong: there the change says it all.
     domain = [i for i, prompt in enumerate(prompts) if prompt.task == ""]
     contests = {}
     for name in others:
@@ -122,6 +137,7 @@ def task_values(prompts: Sequence[Prompt], values: Values) -> dict[str, list[flo
 
 def metrics_of(rows: Iterable[Mapping[str, float]]) -> list[str]:
     """Return the names of all metrics: known ones in the table's order, then as they come."""
+    # A dictionary where a set would do, because it keeps the order: the same table every time.
     found = dict.fromkeys(name for row in rows for name in row)
     known = [name for name in SHARES if name in found]
     return known + [name for name in found if name not in SHARES]
@@ -147,8 +163,8 @@ def summarise(prompts: Sequence[Prompt], values: Values) -> dict[str, Any]:
 
 def changes_between(prompts: Sequence[Prompt], after: Values, before: Values) -> dict[str, Any]:
     """Return what changed from one model to another, in the shape of `summarise`."""
-    # Pairs of answers to the same prompt. How hard a prompt is moves both of them, and leaves their
-    # difference alone; so the change is far surer than the two means it lies between.
+    # 1. The domain: pairs of answers to the same prompt. How hard a prompt is moves both of them
+    #    and leaves their difference alone, so a change is surer than the two means it lies between.
     pairs = list(zip(domain_rows(prompts, after), domain_rows(prompts, before), strict=True))
     in_domain = {}
     for name in metrics_of(row for pair in pairs for row in pair):
@@ -158,9 +174,12 @@ def changes_between(prompts: Sequence[Prompt], after: Values, before: Values) ->
             in_domain[name] = change([differences], pseudo=2.0 if name in SHARES else 0.0)
     result: dict[str, Any] = {"in_domain": in_domain}
 
+    # 2. The general tasks: each is a stratum of its own, so that their mean does not depend on how
+    #    many prompts of which task were drawn.
     old_tasks = task_values(prompts, before)
     strata = {}  # task -> the differences of its prompts
     for task, new_values in task_values(prompts, after).items():
+        # in the order of the prompts on both sides, so these are pairs as well
         both = zip(new_values, old_tasks[task], strict=True)
         strata[task] = [new - old for new, old in both]
     if strata:
@@ -186,6 +205,7 @@ def write_answers(
     """
     rows = []
     for i, prompt in enumerate(prompts):
+        # All answers to a prompt stand together: that is how they are read.
         asked = {"prompt": prompt.text, "task": prompt.task, "answer": prompt.answer}
         for name in answers:
             given = {"model": name, "response": answers[name][i], "values": dict(values[name][i])}
@@ -231,8 +251,10 @@ def run_compare(args: argparse.Namespace) -> None:
     lines = [f"{args.first} against {args.second}, {said}"]
     for group in dict.fromkeys(pair.group for pair in pairs):
         rows = [pair for pair in pairs if pair.group == group]
+        # In characters: tokens of two models with tokenizers of their own are not the same unit.
         lengths = [(len(pair.first), len(pair.second)) for pair in rows]
         lines.append(contest_text(group, contest([pair.preference for pair in rows], lengths)))
+    # The page holds every pair, losses first: numbers say how much, texts say what.
     summary = "\n".join(lines)
     write_page(Path(args.page), args.first, args.second, summary, pairs)
     print(summary, f"side by side: {args.page}", sep="\n")
@@ -251,9 +273,11 @@ def run_reward(args: argparse.Namespace) -> None:
     flags = vars(args)
     judge = speaking.load(args.folder, flags, ScalarModel)
     records, report = formats.read_rankings(args.data.split(","), flags["data.skip_bad"])
+    # As in training: what is too long is cut alike for all responses to a prompt.
     context = judge.model.config.max_seq_len
     ranked, cut = data.encode_rankings(records, judge.tokenizer, judge.data.template, context)
     print(f"data: {report}", f"rankings: {cut}", sep="\n", file=sys.stderr)
+    # Raw scores, not standardised ones: their differences are the log-odds that training fitted.
     margins, is_best = judging.judge_rankings(judge, ranked)
     print(calibration_text(calibration(margins), is_best))
 
@@ -273,6 +297,7 @@ def run_generate(args: argparse.Namespace) -> None:
     speaking.write_generations(args.folder, files, args.n, args.temperature, args.seed, vars(args))
 
 
+# name on the command line -> function; its docstring is the help
 COMMANDS = {
     "compare": run_compare,
     "reward": run_reward,
@@ -305,6 +330,7 @@ def main(args: Sequence[str]) -> None:
     try:
         parsed = parser().parse_args(args)
         parsed.run(parsed)
+    # What a user can cause is one line. Anything else is a fault of this code, and keeps its trace.
     except (ValueError, OSError) as error:
         print(f"eval.py: error: {error}", file=sys.stderr)
         sys.exit(2)

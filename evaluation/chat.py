@@ -23,11 +23,13 @@ def pieces(tokenizer: Tokenizer, tokens: Iterable[int], said: list[int]) -> Iter
     text = ""
     for token in tokens:
         said.append(token)
+        # The whole text anew each time: what a token says can depend on those before it.
         text = tokenizer.decode(said)
         whole = len(text.rstrip("\ufffd"))
         if whole > shown:
             yield text[shown:whole]
             shown = whole
+    # What is still no character at the end never becomes one: it is shown as it is.
     yield text[shown:]
 
 
@@ -63,10 +65,12 @@ def reply(
     def encoded(messages: Messages) -> list[int]:
         return data.encode_prompt(speaker.tokenizer, messages, template)
 
+    # 1. The dialogue so far is the prompt, as far as it fits.
     messages = remember(messages, lambda part: len(encoded(part)) <= room)
     prompt = encoded(messages)
     if len(prompt) > room:
         raise ValueError(f"a prompt of {len(prompt)} tokens, there is room for {room}: shorten it")
+    # 2. The answer is shown token by token. What Ctrl-C leaves of it counts as said.
     length = speaker.data.max_response_tokens
     eos_id = speaker.tokenizer.eos_id
     said: list[int] = []
@@ -77,6 +81,7 @@ def reply(
     except KeyboardInterrupt:
         print(" ...", end="")
     print()
+    # 3. The score is of the ids as they were drawn: both models are of one run and one tokenizer.
     if judge and said:
         print(f"[score {scores(judge, [prompt + said])[0]:.2f}]")
     return Message("assistant", answer_of(speaker, messages, said).text)
@@ -89,6 +94,7 @@ def chat(folder: str, temperature: float, seed: int, flags: Mapping[str, Any]) -
     """
     speaker = load(folder, flags)
     template = speaker.data.template
+    # A run keeps its models side by side, so its reward model is found without being named.
     beside = speaker.path.resolve().parent / "reward"
     judge = None
     if (beside / "config.json").exists():
@@ -113,5 +119,6 @@ def chat(folder: str, temperature: float, seed: int, flags: Mapping[str, Any]) -
         except EOFError:
             print()
             return
+        # A message that is too long was not answered, so it is not part of the dialogue either.
         except ValueError as error:
             print(error, file=sys.stderr)

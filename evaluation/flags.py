@@ -37,9 +37,17 @@ FOLDER = {"metavar": "DIR", "help": "model folder"}
 FILES = {"metavar": "FILE", "help": "prompt files, comma-separated"}
 COUNT = {"type": at_least(1, int), "metavar": "N"}
 # Flags named as in train.py have the same meaning; what is not given is as in the model's run.
-TEMPLATE = {"choices": tuple(TEMPLATES), "help": "how a dialogue becomes text"}
+TEMPLATE = {
+    "choices": tuple(TEMPLATES),
+    "help": "how a dialogue becomes text; default: as in the run",
+}
 LAYOUT = {"--data.template": TEMPLATE}
-LENGTH = {"--data.max_response_tokens": {**COUNT, "help": "where answers end; else 512"}}
+LENGTH = {
+    "--data.max_response_tokens": {
+        **COUNT,
+        "help": "where answers end; default: as in the run, else 512",
+    }
+}
 SKIP = {
     "--data.skip_bad": {"action": "store_true", "help": "leave malformed rows out and count them"}
 }

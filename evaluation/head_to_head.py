@@ -96,6 +96,7 @@ def parse_judgment(source: str, raw: Any) -> Judgment:
         generators = (get(row, "generator_1"), get(row, "generator_2"))
         outputs = (get(row, "output_1"), get(row, "output_2"))
         preference = get_preference(row)
+        # Older files keep what an instruction is about in a field of its own.
         parts = (get(row, "instruction"), get_optional(row, "input"))
     except BadRow as fault:
         raise ValueError(f"{source}: {fault}") from None
@@ -130,9 +131,11 @@ def read_judgments(path: Path, first: str, second: str) -> tuple[list[Pair], str
         judgment = parse_judgment(source, raw)
         generators |= set(judgment.generators)
         if set(judgment.generators) == {first, second}:
+            # Both orders of a pair come together here, since each is turned our way around.
             compared, vote = vote_of(judgment, first)
             found[compared].append(vote)
 
+    # Rows that nobody has judged yet count as found, not as ties.
     votes = {key: [v for v in rows if v.preference is not None] for key, rows in found.items()}
     votes = {key: rows for key, rows in votes.items() if rows}
     if not votes:
@@ -148,6 +151,7 @@ def read_judgments(path: Path, first: str, second: str) -> tuple[list[Pair], str
 
 def agreement_text(votes: Sequence[Sequence[Vote]]) -> str:
     """Say how often a judge who saw a pair in both orders said the same; "" if that never was."""
+    # Without both orders nothing tells a judge's opinion from a taste for the first place.
     both = [rows for rows in votes if len({vote.place for vote in rows}) == 2]
     if not both:
         return ""
@@ -164,6 +168,7 @@ def to_judge(first: str, second: str, pairs: Sequence[Pair]) -> Iterator[dict[st
     for turn in (0, 1):
         for i, pair in enumerate(pairs):
             sides = [(first, pair.first), (second, pair.second)]
+            # Every other pair is turned around in the first half, the others in the second.
             if (i + turn) % 2 == 1:
                 sides.reverse()
             (generator_1, output_1), (generator_2, output_2) = sides
@@ -180,6 +185,7 @@ def to_judge(first: str, second: str, pairs: Sequence[Pair]) -> Iterator[dict[st
 # -------------------------------------------------------------------------------------------------
 # The page
 
+# One file without scripts, fonts or links to elsewhere: it can be mailed and kept.
 PAGE = """<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>
 body {{ font: 15px/1.45 sans-serif; color: #222 }}
 body {{ max-width: 70em; margin: 2em auto; padding: 0 1em }}
@@ -219,6 +225,7 @@ def write_page(path: Path, first: str, second: str, summary: str, pairs: Sequenc
     """
     links = []
     body = []
+    # Losses come first: there is most to learn from them.
     for name, sign in (("losses", 0.0), ("wins", 1.0), ("ties", 0.5)):
         chosen = [pair for pair in pairs if prefer(pair.preference, 0.5) == sign]
         links.append(f"<a href=#{name}>{name}: {len(chosen)}</a>")

@@ -19,12 +19,14 @@ from formats import Messages, Prompt
 from formats.files import read_json
 from model import ScalarModel
 
+# (prompts, an answer to each) -> a score of each
 Judge = Callable[[Sequence[Prompt], Sequence[Answer]], list[float]]
 
 
 def load_judge(path: str | Path, flags: Mapping[str, Any]) -> Judge:
     """Return what scores an answer to each prompt: a reward function (.py) or a reward model."""
     if str(path).endswith(".py"):
+        # A function sees texts, and of the prompt also the reference answer.
         function = reward.RewardFunction(path)
         return lambda prompts, given: function(prompts, [answer.text for answer in given])
     speaker = load(path, flags, ScalarModel)
@@ -36,6 +38,7 @@ def scores(judge: Speaker, rows: list[list[int]]) -> list[float]:
 
     Mean 0 and deviation 1 on samples of the run's SFT model, which is what PPO is shown.
     """
+    # A reward model from elsewhere has no scale of a run: its scores are raw.
     config = read_json(judge.path / "config.json")
     mean = config.get("score_mean", 0.0)
     std = config.get("score_std", 1.0)
@@ -49,10 +52,11 @@ def judged(judge: Speaker, prompts: Sequence[Prompt], given: Sequence[Answer]) -
     The texts are encoded anew: the judge's tokenizer and template may be others than the speaker's.
     """
     context = judge.model.config.max_seq_len
-    rows = []
+    rows = []  # prompt and answer as ids, ragged
     for prompt, answer in zip(prompts, given, strict=True):
         row = data.encode_prompt(judge.tokenizer, prompt.messages, judge.data.template)
         row += response_ids(judge, prompt.messages, answer)
+        # Not cut: a judge that has not read the end would judge something else.
         if len(row) > context:
             raise ValueError(
                 f"{prompt.source}: prompt and answer have {len(row)} tokens, "
@@ -120,10 +124,12 @@ def judge_rankings(
     size = judge.settings.get("ppo.microbatch_size", 4)
     raw = iter(reward.model_scores(judge.model, rows, size))
 
+    # The scores come back in the order in which the rows were laid out.
     margins = []
     is_best = []
     for ranks in groups:
         given = [(next(raw), rank) for rank in ranks]
+        # Every pair once, the better one first; ties are no pair.
         margins.append([a - b for a, rank in given for b, other in given if rank < other])
         if len(given) > 2:
             favourite = max(given)

@@ -21,6 +21,7 @@ def pyplot() -> Any:
         import matplotlib
     except ImportError:
         return None
+    # before pyplot is imported, which would look for a screen
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -89,6 +90,7 @@ def draw_changes(
     axis: Any, changed: Mapping[str, tuple[float, Interval]], tasks: Sequence[str], colour: str
 ) -> None:
     """Draw changes as points with intervals: hollow and grey where the interval holds 0."""
+    # Not by colour alone: noise is hollow too.
     for row, task in enumerate(tasks):
         if task not in changed:
             continue
@@ -106,6 +108,7 @@ def draw_results(results: Mapping[str, Any]) -> Any:
     models = {name: shares_of(model) for name, model in results["models"].items()}
     last = list(models)[-1]
     changes = results["changes"].get(last, {})
+    # The same rows' names on both sides, or a change would stand in no row.
     changed = {
         f"in-domain: {metric}": change for metric, change in changes.get("in_domain", {}).items()
     }
@@ -172,6 +175,7 @@ def draw_path(plots: Any, rows: Sequence[Mapping[str, float]]) -> Any:
     if not rows:
         return None
     figure, axis = plots.subplots(figsize=(5.2, 3.6), constrained_layout=True)
+    # Time runs along the colour, not along an axis: the two may move back and forth.
     kl = [row["kl"] for row in rows]
     scores = [row["score_mean"] for row in rows]
     points = axis.scatter(kl, scores, c=[row["step"] for row in rows], s=18, cmap="viridis")
@@ -198,6 +202,7 @@ def draw_curves(plots: Any, stage: str, rows: Sequence[Mapping[str, float]]) -> 
     for axis, (name, unit) in zip(axes.flat, units.items()):
         axis.plot([row["step"] for row in rows], [row.get(name) for row in rows], linewidth=0.8)
         axis.set(title=name, xlabel="iteration" if stage == "ppo" else "step", ylabel=unit)
+    # The grid may have more places than there are curves.
     for axis in list(axes.flat)[len(units) :]:
         axis.set_axis_off()
     figure.suptitle(stage)

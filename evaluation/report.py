@@ -30,6 +30,7 @@ class Line(NamedTuple):
 def change_text(change: Mapping[str, Any], unit: float, digits: int) -> str:
     """Write a change, its 95 % interval, and whether that is noise: it holds 0."""
     low, high = (unit * bound for bound in change["interval"])
+    # A change that might as well be none is marked, so that nobody reads a story into it.
     between = f"{low:+9.{digits}f} to {high:+.{digits}f}"
     noise = "noise" if low <= 0 <= high else ""
     return f"{unit * change['change']:+8.{digits}f}{between:20}{noise}"
@@ -57,7 +58,8 @@ def domain_lines(models: Sequence[Mapping[str, Any]], changed: Mapping[str, Any]
     def line(label: str, name: str, unit: float) -> Line:
         return Line(label, [model.get(name) for model in models], changed.get(name), unit)
 
-    if names == ["score"]:  # nothing but the score that judges
+    # Without a rubric there is one number, in the unit of whoever judges.
+    if names == ["score"]:
         return [line(f"reward score (n={n})", "score", 1.0)]
     lines = []
     if shares:
@@ -89,6 +91,7 @@ def columns(results: Mapping[str, Any], names: Sequence[str], compared: str) -> 
         general = [model["general"] for model in models]
         lines += general_lines(general, changed.get("general", {}))
 
+    # As narrow as the names allow: usually the table fits a terminal.
     width = max(8, *(len(name) + 2 for name in names))
     label_width = max([26, *(len(line.label) for line in lines if line.values)])
     head = "".join(f"{name.upper():>{width}}" for name in names)
@@ -104,6 +107,7 @@ def table(results: Mapping[str, Any]) -> str:
     for name, numbers in results["head_to_head"].items():
         lines.append(f"{name.replace('_vs_', ' vs ')}, in-domain: {results_text(numbers)}")
     if results.get("reward_model"):
+        # "accuracy" is over all pairs, the others over a part of them.
         shares = [
             f"{100 * value:.1f} % ({'all' if name == 'accuracy' else name.replace('_', '-')})"
             for name, value in results["reward_model"].items()
@@ -160,6 +164,7 @@ def examples_text(examples: Sequence[Mapping[str, str]]) -> str:
     """Lay out prompts with all answers, one block each; long texts are cut."""
     width = max((len(key) for example in examples for key in example), default=0)
     margin = "\n" + " " * (width + 2)
+    # The names stand right-aligned, and further lines of a text below its first.
     blocks = []
     for example in examples:
         texts = [f"{key:>{width}}  {margin.join(shortened(text))}" for key, text in example.items()]
@@ -179,6 +184,7 @@ def pick_examples(
     """
     domain = [i for i, prompt in enumerate(prompts) if prompt.task == ""]
     general = [i for i, prompt in enumerate(prompts) if prompt.task != ""]
+    # The first ones, not the best: chosen examples prove nothing.
     chosen = domain[:show]
     if general:
         chosen = domain[: max(show - 1, 1)] + general[:1]
@@ -215,6 +221,7 @@ def write_report(out: Path, results: Mapping[str, Any], examples: Sequence[dict[
     lines += [" ".join(reading), ""]
     for plot in plots:
         lines += [f"![{plot}]({plot})", ""]
+    # The table at the top has room for one change, the last model's. Here are the others.
     for name in results["changes"]:
         if name != last:
             lines += [f"## {name} against {reference}", "", "```"]

@@ -55,6 +55,7 @@ def load(
     """
     path = Path(folder)
     tokenizer = open_tokenizer(path)
+    # The run around a folder knows how its prompts were written and how long its answers may be.
     around = path.resolve().parent / "config.json"
     settings = read_json(around).get("config", {}) if around.exists() else {}
     given = {flag: value for flag, value in flags.items() if value is not None}
@@ -68,12 +69,14 @@ def load(
     template = chosen["data.template"]
     data.template_for(template, ())  # a ValueError now, not after the weights are read
 
+    # On a GPU bfloat16 is precise enough for answers that people read.
     is_cuda = torch.cuda.is_available()
     device = "cuda" if is_cuda else "cpu"
     dtype = torch.bfloat16 if is_cuda else torch.float32
     model = load_pretrained(path, device, dtype, kind)
 
     context = model.config.max_seq_len
+    # What the answer does not need is the prompt's.
     length = chosen.get("data.max_response_tokens", min(512, context // 2))
     if not 0 < length < context:
         raise ValueError(
@@ -100,6 +103,7 @@ def encode(speaker: Speaker, records: Sequence[Prompt]) -> list[Prompt]:
     for record in records:
         ids = data.encode_prompt(speaker.tokenizer, record.messages, speaker.data.template)
         if len(ids) > speaker.data.max_prompt_tokens:
+            # Never cut: an answer to half a question would be compared with one to the whole.
             raise ValueError(
                 f"{record.source}: a prompt of {len(ids)} tokens; "
                 f"with {speaker.data.max_response_tokens} for the answer "
@@ -112,6 +116,7 @@ def encode(speaker: Speaker, records: Sequence[Prompt]) -> list[Prompt]:
 
 def world_prompts(settings: Mapping[str, Any]) -> list[Prompt]:
     """Return the prompts that the evaluation of a run on the embedded world asks."""
+    # The same draws as in the run itself, so compare and the run's table agree.
     items = []
     for part, in_domain_share in (("in_domain", 1.0), ("general", 0.0)):
         n = settings[f"eval.{part}"]
@@ -150,6 +155,7 @@ def answers(
 
     The noise of an answer depends on (seed, its place among all answers) alone, not on the batch.
     """
+    # n answers to a prompt are n rows, so a batch holds that many prompts fewer.
     size = max(1, speaker.settings.get("ppo.generation_batch", 32) // n)
     for start in range(0, len(prompts), size):
         part = [prompt for prompt in prompts[start : start + size] for _ in range(n)]
@@ -160,6 +166,7 @@ def answers(
             temperature,
             eos_id=speaker.tokenizer.eos_id,
             seed=seed,
+            # row i * n + k is answer k to prompt i
             rows=range(start * n, start * n + len(part)),
         ).tokens
         given = [answer_of(speaker, prompt.messages, ids) for prompt, ids in zip(part, drawn)]
