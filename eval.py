@@ -1,37 +1,47 @@
 """Evaluation: what got better, what was kept, and how sure that is.
 
-    python eval.py compare A B                          head to head: a model folder of the embedded world against another
-    python eval.py compare A B --prompts=FILE --judge=REWARD_DIR|JUDGMENTS.json
-    python eval.py reward REWARD_DIR --data=FILE        a reward model against people's preferences
-    python eval.py run A B --tasks=general12 --data=FOLDER  public benchmarks of one or several models, see benchmarks.py
-    python eval.py chat DIR                             talk to a model
-    python eval.py generate DIR --prompts=FILE --n=5    answers as JSON lines
+    python eval.py compare A B                     head to head: one model folder against another
+    python eval.py compare A B --prompts=FILE --judge=REWARD_DIR|FUNCTION.py|JUDGMENTS.json
+    python eval.py reward REWARD_DIR --data=FILE   a reward model against people's preferences
+    python eval.py run A B --tasks=general12 --data=FOLDER      public benchmarks, see benchmarks/
+    python eval.py chat DIR                        talk to a model
+    python eval.py generate DIR --prompts=FILE --n=5            answers as JSON lines
 
-and the tables and report of train.py's last stage. On the embedded world the gold rubric judges, which training never
-sees. On real prompts a reward model judges, or people do; a win by the reward model that PPO was trained to please shows
-that PPO works, not that answers got better.
+and what train.py's last stage measures. On the embedded world the gold rubric judges, which
+training never sees. On real prompts a reward model judges, or a function, or people do; a win by
+the reward model that PPO was trained to please shows that PPO works, not that answers got better.
+
+A model is a name with an answer to every prompt, and every answer has values: "score", which
+decides who wins, and whatever else its judge measures. Prompts without a task are the domain
+itself; the others belong to a general task, which must not get worse.
 """
+
 from __future__ import annotations
 
 import argparse
-import math
 import sys
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Mapping, NoReturn, Sequence
+from typing import Any, Iterable, Mapping, Sequence
 
 import data
 import formats
 import microcosm
 from benchmarks import command as benchmark
-from evaluation import speaking
-from evaluation.head_to_head import Pair, contest_text, read_judgments, to_judge, write_page
-from evaluation.statistics import Interval, calibration, change_interval, contest, mean, prefer, share_interval
+from evaluation import chat, judging, speaking
+from evaluation.flags import FLAGS, Parser
+from evaluation.head_to_head import contest_text, read_judgments, to_judge, write_page
+from evaluation.report import calibration_text
+from evaluation.statistics import SHARES, calibration, change_interval, contest, mean, prefer
+from formats import Prompt
 from formats.files import write_jsonl
 from model import ScalarModel
 
+# The embedded world's judge: a reward-function file like a user's own.
+RUBRIC = Path(microcosm.__file__).with_name("rubric.py")
 
+
+# Settings are flags of train.py (--eval.reference=ppo), and the comments are their help.
 @dataclass(frozen=True)
 class EvalConfig:
     prompts: tuple[str, ...] = ()       # prompt files; none: prompts held out from ppo.prompts
@@ -39,222 +49,294 @@ class EvalConfig:
     general: int = 720                  # unseen prompts over the 12 general tasks (embedded world)
     holdout: int = 64                   # prompts held out from ppo.prompts
     show: int = 3                       # prompts shown with all answers
+    reference: str = "sft"              # the model that all others are compared with
+    best_of: int = 0                    # adds the SFT model's best of so many samples; 0: off
 
 
-# ---------------------------------------------------------------------------------------------
-# The numbers of a run: values of single prompts, and what they add up to
+# -------------------------------------------------------------------------------------------------
+# The numbers of a run: from the values of single answers to what they add up to
 
-Values = dict[str, dict[str, list[float]]]  # {"in_domain": {metric: value of every prompt}, "general": {task: ...}}
+# Everything is kept per prompt until the very end:
+#
+#     prompts          p_1            p_2            p_3  ...   task "" or the name of a general one
+#     answers[model]   a_1            a_2            a_3        texts
+#     values[model]    {"score": ..}  {"score": ..}  {..}       of the answer, by whoever judges
+#
+# A change between two models is the mean of the differences in a column, not the difference of two
+# means with an interval each; that is why all models answer the same prompts.
 
-
-def world_values(items: Sequence[microcosm.Item], answers: Sequence[str]) -> tuple[Values, list[float]]:
-    """Judge answers by the gold rubric; return the values, in [0, 1], and the gold score of every item."""
-    grades = [microcosm.grade(item, answer) for item, answer in zip(items, answers, strict=True)]
-    ads = [grade for item, grade in zip(items, grades) if item.task == "ad"]
-    tasks: dict[str, list[float]] = defaultdict(list)
-    for item, grade in zip(items, grades):
-        if item.task != "ad":
-            tasks[item.task].append(float(grade.strict))
-    in_domain = {"gold": [g.gold for g in ads], "strict": [float(g.strict) for g in ads],
-                 "multi": [float(g.multi) for g in ads if g.multi is not None], "verdict": [float(g.verdict) for g in ads]}
-    return {"in_domain": in_domain, "general": {name: tasks[name] for name in sorted(tasks)}}, [grade.gold for grade in grades]
+Values = Sequence[Mapping[str, float]]  # of one model, one row per prompt
 
 
-def summarise(values: Values) -> dict[str, Any]:
-    """Return a model's entry in eval.json: means and how many prompts there are."""
-    summary: dict[str, Any] = {"in_domain": {**{name: mean(row) for name, row in values["in_domain"].items()},
-                                             "n": max(map(len, values["in_domain"].values()))}}
-    if "general" in values:
-        tasks = {name: mean(row) for name, row in values["general"].items()}
-        summary["general"] = {"mean": mean(tasks.values()), "tasks": tasks, "n": sum(map(len, values["general"].values()))}
+def assess(
+    prompts: Sequence[Prompt],
+    answers: Mapping[str, Sequence[str]],
+    values: Mapping[str, Values],
+    reference: str,
+) -> dict[str, Any]:
+    """Sum up any number of models, and compare them with the one that is the reference.
+
+    answers, values: by model, in the order of the table's columns; one entry per prompt. Every row
+        of values holds "score" and whatever metrics there are.
+    Returns the part of eval.json that follows from these:
+        models: name -> {"in_domain": {metric: mean, "n"}, "general": {"mean", "tasks", "n"}}
+        reference: its name
+        changes: name -> the same rows as {"change", "interval"}, on the same prompts; for every
+            model but the reference, for none if that is not there
+        head_to_head: "ppo_vs_sft" -> who wins in-domain by the score; base takes no part, since a
+            win over a model that only babbles says nothing
+    """
+    # 1. Every model by itself.
+    models = {name: summarise(prompts, rows) for name, rows in values.items()}
+
+    # 2. Against the reference, prompt by prompt. Where that is missing, because the run never
+    #    trained it, there is nothing to compare with: the table has columns and no changes.
+    others = [name for name in models if name != reference] if reference in models else []
+    changes = {name: changes_between(prompts, values[name], values[reference]) for name in others}
+
+    # 3. Head to head: who wins how often. A mean can rise because a few answers got much better;
+    #    wins tell whether many did. General tasks are right or wrong: there the change says it all.
+    domain = [i for i, prompt in enumerate(prompts) if prompt.task == ""]
+    contests = {}
+    for name in others:
+        if name == "base":
+            continue
+        ours = values[name]
+        theirs = values[reference]
+        preferences = [prefer(ours[i]["score"], theirs[i]["score"]) for i in domain]
+        # A win may be a matter of length, so the contest knows how long both answers are.
+        lengths = [(len(answers[name][i]), len(answers[reference][i])) for i in domain]
+        contests[f"{name}_vs_{reference}"] = contest(preferences, lengths)
+    return {
+        "models": models,
+        "reference": reference,
+        "changes": changes,
+        "head_to_head": contests,
+    }
+
+
+def domain_rows(prompts: Sequence[Prompt], values: Values) -> list[Mapping[str, float]]:
+    """Return the values of the prompts of the domain, in their order, as they are to be shown."""
+    rows = [row for prompt, row in zip(prompts, values, strict=True) if prompt.task == ""]
+    # The score decides who wins; it is shown only where the judge measures nothing else. With the
+    # rubric it equals "gold", and a line more would say the same twice.
+    if all(set(row) == {"score"} for row in rows):
+        return rows
+    return [{name: value for name, value in row.items() if name != "score"} for row in rows]
+
+
+def task_values(prompts: Sequence[Prompt], values: Values) -> dict[str, list[float]]:
+    """Return by task, in alphabetical order, what counts there: exactly right or not."""
+    tasks: dict[str, list[float]] = {}
+    for prompt, row in zip(prompts, values, strict=True):
+        # A judge that does not measure "strict" has no opinion on general tasks.
+        if prompt.task and "strict" in row:
+            tasks.setdefault(prompt.task, []).append(row["strict"])
+    return {task: tasks[task] for task in sorted(tasks)}
+
+
+def metrics_of(rows: Iterable[Mapping[str, float]]) -> list[str]:
+    """Return the names of all metrics: known ones in the table's order, then as they come."""
+    # A dictionary where a set would do, because it keeps the order: the same table every time.
+    found = dict.fromkeys(name for row in rows for name in row)
+    known = [name for name in SHARES if name in found]
+    return known + [name for name in found if name not in SHARES]
+
+
+def summarise(prompts: Sequence[Prompt], values: Values) -> dict[str, Any]:
+    """Return a model's entry in eval.json: means, and of how many prompts."""
+    rows = domain_rows(prompts, values)
+    in_domain: dict[str, float] = {}
+    for name in metrics_of(rows):
+        # Not every prompt has every metric: "multi" is of ads with two faults or more.
+        in_domain[name] = mean(row[name] for row in rows if name in row)
+    summary: dict[str, Any] = {"in_domain": {**in_domain, "n": len(rows)}}
+
+    general = task_values(prompts, values)
+    if general:
+        tasks = {task: mean(rights) for task, rights in general.items()}
+        n = sum(len(rights) for rights in general.values())
+        # The mean of tasks, not of prompts: no task counts more for having more prompts.
+        summary["general"] = {"mean": mean(tasks.values()), "tasks": tasks, "n": n}
     return summary
 
 
-def changes(after: Values, before: Values) -> dict[str, Any]:
-    """Return what eval.json says of two models on the same prompts: for every row of `summarise` the change and its 95 % interval."""
-    def change(strata: Sequence[tuple[Sequence[float], Sequence[float]]], pseudo: float = 2.0) -> dict[str, Any]:
-        differences = [[a - b for a, b in zip(*pair, strict=True)] for pair in strata]
-        return {"change": mean(map(mean, differences)), "interval": change_interval(differences, pseudo)}
-    result: dict[str, Any] = {"in_domain": {name: change([(row, before["in_domain"][name])], 0.0 if name == "score" else 2.0)
-                                            for name, row in after["in_domain"].items()}}
-    if after.get("general"):
-        pairs = {name: (row, before["general"][name]) for name, row in after["general"].items()}
-        result["general"] = {"mean": change(list(pairs.values())), "tasks": {name: change([pair]) for name, pair in pairs.items()}}
+def changes_between(prompts: Sequence[Prompt], after: Values, before: Values) -> dict[str, Any]:
+    """Return what changed from one model to another, in the shape of `summarise`."""
+    # 1. The domain: pairs of answers to the same prompt. How hard a prompt is moves both of them
+    #    and leaves their difference alone, so a change is surer than the two means it lies between.
+    pairs = list(zip(domain_rows(prompts, after), domain_rows(prompts, before), strict=True))
+    in_domain = {}
+    for name in metrics_of(row for pair in pairs for row in pair):
+        differences = [new[name] - old[name] for new, old in pairs if name in new and name in old]
+        if differences:
+            # Pseudo-pairs presume differences in [-1, 1]. A share has them, a score has not.
+            in_domain[name] = change([differences], pseudo=2.0 if name in SHARES else 0.0)
+    result: dict[str, Any] = {"in_domain": in_domain}
+
+    # 2. The general tasks: each is a stratum of its own, so that their mean does not depend on how
+    #    many prompts of which task were drawn.
+    old_tasks = task_values(prompts, before)
+    strata = {}  # task -> the differences of its prompts
+    for task, new_values in task_values(prompts, after).items():
+        # in the order of the prompts on both sides, so these are pairs as well
+        both = zip(new_values, old_tasks[task], strict=True)
+        strata[task] = [new - old for new, old in both]
+    if strata:
+        tasks = {task: change([differences]) for task, differences in strata.items()}
+        result["general"] = {"mean": change(list(strata.values())), "tasks": tasks}
     return result
 
 
-# ---------------------------------------------------------------------------------------------
-# compare
+def change(strata: Sequence[Sequence[float]], pseudo: float = 2.0) -> dict[str, Any]:
+    """Return the mean over strata of their mean differences, and its 95 % interval."""
+    return {"change": mean(map(mean, strata)), "interval": change_interval(strata, pseudo)}
 
-def answer_pairs(args: argparse.Namespace, judge: speaking.Speaker | None) -> list[Pair]:
-    """Have both models answer, greedily, and prefer what the judge, or else the rubric, gives the higher score.
 
-    Both judge every answer by itself, so there is no order that could matter.
+def write_answers(
+    path: Path,
+    prompts: Sequence[Prompt],
+    answers: Mapping[str, Sequence[str]],
+    values: Mapping[str, Values],
+) -> None:
+    """Write answers.jsonl, one object per prompt and model, so that no mean stands alone.
+
+    Whoever doubts a number, or wants another one, finds every answer with its values here.
     """
-    flags = vars(args)
-    speakers = [speaking.load(folder, flags) for folder in (args.first, args.second)]
-    items: list[microcosm.Item] = []
-    if args.prompts:
-        records = speaking.read_prompts(args.prompts.split(","), flags["data.skip_bad"])
-    elif all(speaker.is_world for speaker in speakers):
-        settings = speakers[0].settings
-        items = [item for part, share in (("in_domain", 1.0), ("general", 0.0))
-                 for item in microcosm.items("eval", settings[f"eval.{part}"], settings["seed"], share)]
-        records = [formats.Prompt((formats.Message("user", item.prompt),), f"{item.task} {n}", item.answer) for n, item in enumerate(items, 1)]
-    else:
-        raise ValueError("compare: these models are not of the embedded world, so give --prompts=FILE and --judge=REWARD_DIR or --judge=FILE.json")
-    answers = [[given for given, in speaking.answers(speaker, speaking.encode(speaker, records))] for speaker in speakers]
-    if judge:
-        scores = [speaking.judged(judge, records, given) for given in answers]
-    elif items:
-        scores = [[microcosm.grade(item, answer.text).gold for item, answer in zip(items, given)] for given in answers]
-    else:
-        scores = [[math.nan] * len(records)] * 2
-    groups = ["in-domain" if item.task == "ad" else "general" for item in items] or ["prompts"] * len(records)
-    return [Pair(speaking.shown(record.messages), a.text, b.text, prefer(x, y), (f"{x:.2f}", f"{y:.2f}"), record.answer or "", group)
-            for record, a, b, x, y, group in zip(records, *answers, *scores, groups)]
+    rows = []
+    for i, prompt in enumerate(prompts):
+        # All answers to a prompt stand together: that is how they are read.
+        asked = {"prompt": prompt.text, "task": prompt.task, "answer": prompt.answer}
+        for name in answers:
+            given = {"model": name, "response": answers[name][i], "values": dict(values[name][i])}
+            rows.append({**asked, **given})
+    write_jsonl(path, rows)
+
+
+# -------------------------------------------------------------------------------------------------
+# compare
 
 
 def run_compare(args: argparse.Namespace) -> None:
     """Print who wins and write the page; or write the file that people are to judge."""
-    judge, is_file = None, args.judge.endswith((".json", ".jsonl"))
+    flags = vars(args)
+    is_people = args.judge.endswith((".json", ".jsonl"))
+    # What cannot end well is refused before a model is loaded.
     if not Path(args.page).absolute().parent.is_dir():
         raise ValueError(f"--page={args.page}: there is no such folder")
-    if is_file and args.first == args.second:
-        raise ValueError(f"compare: {args.first} against itself: nobody could tell whom a judgment in {args.judge} prefers")
-    if is_file and Path(args.judge).exists():
+    if args.prompts and not args.judge:
+        raise ValueError(
+            "compare: who judges the answers to --prompts? Give --judge=REWARD_DIR, "
+            "--judge=FUNCTION.py, or --judge=FILE.json for people to fill in"
+        )
+    if is_people and args.first == args.second:
+        raise ValueError(f"compare: {args.first} twice: a judgment could not say whom it prefers")
+
+    # People judge in two calls: the first writes the file that they fill in, the second reads it.
+    if is_people and Path(args.judge).exists():
         pairs, said = read_judgments(Path(args.judge), args.first, args.second)
     else:
-        judge = speaking.load(args.judge, vars(args), ScalarModel) if args.judge and not is_file else None
-        if args.prompts and not args.judge:
-            raise ValueError("compare: who judges the answers to --prompts? Give --judge=REWARD_DIR, or --judge=FILE.json for people to fill in")
-        pairs = answer_pairs(args, judge)
+        judge = None if is_people else judging.load_judge(args.judge or RUBRIC, flags)
+        first = speaking.load(args.first, flags)
+        second = speaking.load(args.second, flags)
+        prompts = speaking.prompts_for((first, second), args.prompts, flags["data.skip_bad"])
+        pairs = judging.answer_pairs(prompts, first, second, judge)
         said = f"judged by {args.judge or 'the rubric'}"
-        if is_file:
+        if is_people:
             write_jsonl(Path(args.judge), to_judge(args.first, args.second, pairs))
-            print(f"{len(pairs)} pairs wait in {args.judge}, each in both orders. Replace every \"preference\": null by 1 or 2, the better output,\n"
-                  "or by 1.5, a tie, then run the same command again.")
+            print(WAITING.format(n=len(pairs), path=args.judge))
             return
-    groups = {name: [pair for pair in pairs if pair.group == name] for name in dict.fromkeys(pair.group for pair in pairs)}
-    contests = {name: contest([pair.preference for pair in rows], [(len(pair.first), len(pair.second)) for pair in rows])
-                for name, rows in groups.items()}
-    summary = "\n".join([f"{args.first} against {args.second}, {said}", *(contest_text(name, numbers) for name, numbers in contests.items())])
+
+    # The domain and the general tasks are contests of their own.
+    lines = [f"{args.first} against {args.second}, {said}"]
+    for group in dict.fromkeys(pair.group for pair in pairs):
+        rows = [pair for pair in pairs if pair.group == group]
+        # In characters: tokens of two models with tokenizers of their own are not the same unit.
+        lengths = [(len(pair.first), len(pair.second)) for pair in rows]
+        lines.append(contest_text(group, contest([pair.preference for pair in rows], lengths)))
+    # The page holds every pair, losses first: numbers say how much, texts say what.
+    summary = "\n".join(lines)
     write_page(Path(args.page), args.first, args.second, summary, pairs)
     print(summary, f"side by side: {args.page}", sep="\n")
 
 
-# ---------------------------------------------------------------------------------------------
+WAITING = """{n} pairs wait in {path}, each in both orders. Replace every "preference": null
+by 1 or 2, the better output, or by 1.5, a tie, then run the same command again."""
+
+
+# -------------------------------------------------------------------------------------------------
 # reward
+
 
 def run_reward(args: argparse.Namespace) -> None:
     """Print how a reward model orders people's preferences, and what its margins are worth."""
-    judge = speaking.load(args.folder, vars(args), ScalarModel)
-    records, report = formats.read_rankings(args.data.split(","), vars(args)["data.skip_bad"])
-    ranked, cut = data.encode_rankings(records, judge.tokenizer, judge.data.template, judge.model.config.max_seq_len)
+    flags = vars(args)
+    judge = speaking.load(args.folder, flags, ScalarModel)
+    records, report = formats.read_rankings(args.data.split(","), flags["data.skip_bad"])
+    # As in training: what is too long is cut alike for all responses to a prompt.
+    context = judge.model.config.max_seq_len
+    ranked, cut = data.encode_rankings(records, judge.tokenizer, judge.data.template, context)
     print(f"data: {report}", f"rankings: {cut}", sep="\n", file=sys.stderr)
-    groups = [{tuple(response): rank for response, rank in zip(example.responses, example.ranks)} for example in ranked]  # equal ones once
-    rows = [example.prompt + list(response) for example, group in zip(ranked, groups) for response in group]
-    scores = iter(speaking.score_rows(judge.model, rows, judge.settings.get("ppo.microbatch_size", 4)))
-    margins, best = [], []
-    for group in groups:
-        given = [(next(scores), rank) for rank in group.values()]
-        margins.append([a - b for a, rank in given for b, other in given if rank < other])
-        if len(given) > 2:
-            best.append(max(given)[1] == min(group.values()))
-    print(reward_text(calibration(margins), best))
+    # Raw scores, not standardised ones: their differences are the log-odds that training fitted.
+    margins, is_best = judging.judge_rankings(judge, ranked)
+    print(calibration_text(calibration(margins), is_best))
 
 
-def reward_text(numbers: Mapping[str, Any], best: Sequence[bool]) -> str:
-    """Lay out the numbers of `calibration`."""
-    def actual(share: float, interval: Interval) -> str:
-        return f"{100 * share:.1f} % ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})"
-    lines = [f"orders {actual(numbers['accuracy'], numbers['interval'])} of {numbers['pairs']} pairs from {numbers['prompts']} prompts as people do; "
-             f"loss {numbers['loss']:.3f} nats, a coin's is 0.693"]
-    if best:
-        lines.append(f"its favourite is ranked first in {actual(mean(best), share_interval(mean(best), len(best)))} of {len(best)} rankings "
-                     "of 3 or more")
-    lines += [f"what it claims and how often it is right are {100 * numbers['error']:.1f} points apart on average", "",
-              f"{'margin [nats]':16}{'pairs':>7}{'claims':>9}   is right"]
-    lines += [f"{row['from']:<4g}to {row['to']:<9g}{row['pairs']:7}{100 * row['predicted']:7.1f} %   {actual(row['actual'], row['interval'])}"
-              for row in numbers["rows"]]
-    return "\n".join(lines)
-
-
-# ---------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Command line
-
-class Parser(argparse.ArgumentParser):
-    """Argparse, with one line for an error."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (see --help)")
-
-
-def at_least(low: float, kind: type) -> Callable[[str], Any]:
-    """Return a reader of numbers that are not below `low`."""
-    def read(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text}: expected {kind.__name__} of at least {low}")
-        return value
-    return read
-
-
-def parser() -> Parser:
-    """Return the commands and their flags; `run` of what was parsed is the command's function."""
-    top = Parser(prog="eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    commands = top.add_subparsers(dest="command", required=True)
-
-    def command(name: str, run: Callable[[argparse.Namespace], None], flags: Mapping[str, dict[str, Any]]) -> None:
-        sub = commands.add_parser(name, help=run.__doc__.splitlines()[0], description=run.__doc__, allow_abbrev=False)
-        for flag, options in flags.items():
-            sub.add_argument(flag, **options)
-        sub.set_defaults(run=run)
-    folder, prompts = {"metavar": "DIR", "help": "model folder"}, {"metavar": "FILE", "help": "prompt files, comma-separated"}
-    template = {"--data.template": {"choices": tuple(data.TEMPLATES), "help": "how a dialogue becomes text; default: as in the model's run"}}
-    length = {"--data.max_response_tokens": {"type": at_least(1, int), "metavar": "N", "help": "where answers end; default: as in the run, else 512"}}
-    skip_bad = {"--data.skip_bad": {"action": "store_true", "help": "leave malformed rows out and count them"}}
-    sampling = {"--temperature": {"type": at_least(0, float), "default": 1.0, "metavar": "T", "help": "0 is greedy; default 1"},
-                "--seed": {"type": at_least(0, int), "default": 0, "metavar": "N", "help": "of the sampling noise; default 0"}}
-    command("compare", run_compare, {
-        "first": folder, "second": folder, "--prompts": prompts,
-        "--judge": {"default": "", "metavar": "DIR|FILE",
-                    "help": "reward model folder; or a .json or .jsonl file of judgments, read if it is there, written if not"},
-        "--page": {"default": "compare.html", "metavar": "FILE", "help": "answers side by side; default compare.html"},
-        **template, **length, **skip_bad})
-    command("reward", run_reward, {
-        "folder": folder, "--data": {"required": True, "metavar": "FILE", "help": "pairs or ranked lists, comma-separated files"},
-        **template, **skip_bad})
-    command("chat", run_chat, {"folder": folder, **sampling, **template, **length})
-    command("generate", run_generate, {
-        "folder": folder, "--prompts": {**prompts, "required": True},
-        "--n": {"type": at_least(1, int), "default": 1, "metavar": "N", "help": "answers to each prompt; default 1"},
-        **sampling, **template, **length, **skip_bad})
-    return top
 
 
 def run_chat(args: argparse.Namespace) -> None:
     """Talk to a model; a reward model beside it scores its answers."""
-    speaking.chat(args.folder, args.temperature, args.seed, vars(args))
+    chat.chat(args.folder, args.temperature, args.seed, vars(args))
 
 
 def run_generate(args: argparse.Namespace) -> None:
     """Print answers to prompts as JSON lines."""
-    speaking.write_generations(args.folder, args.prompts.split(","), args.n, args.temperature, args.seed, vars(args))
+    files = args.prompts.split(",")
+    speaking.write_generations(args.folder, files, args.n, args.temperature, args.seed, vars(args))
 
 
-if __name__ == "__main__":
-    if sys.argv[1:2] == ["run"]:  # also under torchrun, and with flags of its own
-        benchmark.main(sys.argv[2:])
-        sys.exit()
+# name on the command line -> function; its docstring is the help
+COMMANDS = {
+    "compare": run_compare,
+    "reward": run_reward,
+    "chat": run_chat,
+    "generate": run_generate,
+}
+
+
+def parser() -> Parser:
+    """Return the commands and their flags; `run` of what was parsed is the command's function."""
+    style = argparse.RawDescriptionHelpFormatter
+    top = Parser("eval.py", description=__doc__, formatter_class=style, allow_abbrev=False)
+    commands = top.add_subparsers(dest="command", required=True)
+    for name, run in COMMANDS.items():
+        doc = run.__doc__
+        # Without abbreviations: a flag that a later version adds would make them ambiguous.
+        command = commands.add_parser(name, help=doc, description=doc, allow_abbrev=False)
+        for flag, options in FLAGS[name].items():
+            command.add_argument(flag, **options)
+        command.set_defaults(run=run)
+    return top
+
+
+def main(args: Sequence[str]) -> None:
+    """Run the command; what cannot be done ends the program with one line and status 2."""
+    # Public benchmarks run under torchrun as well, and have flags and errors of their own.
+    if args[:1] == ["run"]:
+        benchmark.main(args[1:])
+        return
     try:
-        parsed = parser().parse_args()
+        parsed = parser().parse_args(args)
         parsed.run(parsed)
+    # What a user can cause is one line. Anything else is a fault of this code, and keeps its trace.
     except (ValueError, OSError) as error:
         print(f"eval.py: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

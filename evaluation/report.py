@@ -1,91 +1,236 @@
-"""What a person sees of a run: the table, examples, the report."""
+"""What a person sees of a run: the table, examples, the report.
+
+Results are the content of eval.json: what eval.assess returns, and of the run itself
+"reward_model" (accuracies on held-out pairs) and "seconds" (of each stage).
+"""
+
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Any, Mapping, NamedTuple, Sequence
 
-from evaluation.head_to_head import results_text
+from evaluation.head_to_head import results_text, share_text
 from evaluation.plots import write_plots
+from evaluation.statistics import SHARES, mean, share_interval
+from formats import Prompt
+
+# -------------------------------------------------------------------------------------------------
+# The table
 
 
-def percent(value: float) -> str:
-    return f"{100 * value:6.1f}"
+class Line(NamedTuple):
+    """A line of a table: one value per model, None where a model has none; a heading has ()."""
+
+    label: str
+    values: Sequence[float | None] = ()
+    change: Mapping[str, Any] | None = None  # {"change", "interval"}
+    unit: float = 100.0  # 100 shows a share in percent, 1 a number as it is
 
 
-def table_row(label: str, values: Sequence[float], change: Mapping[str, Any] | None, unit: float = 100.0) -> str:
-    """Write one line: a column per model, the change with its 95 % interval, and whether that is noise."""
-    digits = 1 if unit == 100 else 2
-    text = f"{label:26}" + "".join(f"{unit * value:8.{digits}f}" for value in values)
-    if change:
-        low, high = (unit * bound for bound in change["interval"])
-        text += f"{unit * change['change']:+8.{digits}f}" + f"{low:+9.{digits}f} to {high:+.{digits}f}".ljust(20) + "noise" * (low <= 0 <= high)
+def change_text(change: Mapping[str, Any], unit: float, digits: int) -> str:
+    """Write a change, its 95 % interval, and whether that is noise: it holds 0."""
+    low, high = (unit * bound for bound in change["interval"])
+    # A change that might as well be none is marked, so that nobody reads a story into it.
+    between = f"{low:+9.{digits}f} to {high:+.{digits}f}"
+    noise = "noise" if low <= 0 <= high else ""
+    return f"{unit * change['change']:+8.{digits}f}{between:20}{noise}"
+
+
+def table_row(line: Line, label_width: int = 26, width: int = 8) -> str:
+    """Write one line: a column per model, then the change."""
+    digits = 1 if line.unit == 100 else 2
+    text = f"{line.label:{label_width}}" if line.values else line.label
+    for value in line.values:
+        shown = "-" if value is None else f"{line.unit * value:.{digits}f}"
+        text += f"{shown:>{width}}"
+    if line.change:
+        text += change_text(line.change, line.unit, digits)
     return text.rstrip()
 
 
-def table(results: dict) -> str:
-    """Lay out eval.json for a terminal; the change is that from SFT to PPO."""
-    models, changed = results["models"], results["changes"]
-    lines = ["", f"{'':26}" + "".join(f"{name.upper():>8}" for name in models) + ("  change   95 % interval" if changed else "")]
-    first = next(iter(models.values()))
-    if "general" not in first:
-        lines.append(table_row(f"reward score (n={first['in_domain']['n']})", [model["in_domain"]["score"] for model in models.values()],
-                               changed and changed["in_domain"]["score"], unit=1.0))
-    else:
-        lines.append(f"in-domain (n={first['in_domain']['n']}), %")
-        for key, meaning in (("gold", "rubric score"), ("strict", "exactly right"), ("multi", "so on 2+ faults"), ("verdict", "verdict")):
-            values = [model["in_domain"][key] for model in models.values()]
-            lines.append(table_row(f"  {key:9}{meaning}", values, changed and changed["in_domain"][key]))
-        general = changed.get("general", {"tasks": {}})
-        lines.append(f"general tasks (n={first['general']['n']}), % exactly right")
-        for task in first["general"]["tasks"]:
-            lines.append(table_row(f"  {task}", [model["general"]["tasks"][task] for model in models.values()], general["tasks"].get(task)))
-        lines.append(table_row("  mean", [model["general"]["mean"] for model in models.values()], general.get("mean")))
+def domain_lines(models: Sequence[Mapping[str, Any]], changed: Mapping[str, Any]) -> list[Line]:
+    """Return the lines of the domain: shares in percent, then a reward function's own metrics."""
+    n = models[0]["n"]
+    names = list(dict.fromkeys(name for model in models for name in model if name != "n"))
+    shares = [name for name in SHARES if name in names]
+    others = [name for name in names if name not in SHARES]
+
+    def line(label: str, name: str, unit: float) -> Line:
+        return Line(label, [model.get(name) for model in models], changed.get(name), unit)
+
+    # Without a rubric there is one number, in the unit of whoever judges.
+    if names == ["score"]:
+        return [line(f"reward score (n={n})", "score", 1.0)]
+    lines = []
+    if shares:
+        lines.append(Line(f"in-domain (n={n}), %"))
+        lines += [line(f"  {name:9}{SHARES[name]}", name, 100.0) for name in shares]
+    if others:
+        lines.append(Line(f"in-domain (n={n}), the reward function's own metrics"))
+        lines += [line(f"  {name}", name, 1.0) for name in others]
+    return lines
+
+
+def general_lines(models: Sequence[Mapping[str, Any]], changed: Mapping[str, Any]) -> list[Line]:
+    """Return the lines of the general tasks, and their mean."""
+    lines = [Line(f"general tasks (n={models[0]['n']}), % exactly right")]
+    tasks = changed.get("tasks", {})
+    for task in models[0]["tasks"]:
+        values = [model["tasks"][task] for model in models]
+        lines.append(Line(f"  {task}", values, tasks.get(task)))
+    lines.append(Line("  mean", [model["mean"] for model in models], changed.get("mean")))
+    return lines
+
+
+def columns(results: Mapping[str, Any], names: Sequence[str], compared: str) -> list[str]:
+    """Lay out a column per named model, and the change of the compared one ("": of none)."""
+    models = [results["models"][name] for name in names]
+    changed = results["changes"].get(compared, {})
+    lines = domain_lines([model["in_domain"] for model in models], changed.get("in_domain", {}))
+    if "general" in models[0]:
+        general = [model["general"] for model in models]
+        lines += general_lines(general, changed.get("general", {}))
+
+    # As narrow as the names allow: usually the table fits a terminal.
+    width = max(8, *(len(name) + 2 for name in names))
+    label_width = max([26, *(len(line.label) for line in lines if line.values)])
+    head = "".join(f"{name.upper():>{width}}" for name in names)
+    if changed:
+        head += "  change   95 % interval"
+    return [f"{'':{label_width}}{head}", *(table_row(line, label_width, width) for line in lines)]
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """Lay out eval.json for a terminal; the change is that of the last model."""
+    names = list(results["models"])
+    lines = ["", *columns(results, names, names[-1])]
     for name, numbers in results["head_to_head"].items():
-        lines.append(f"{name.replace('_', ' ')}, in-domain: {results_text(numbers)}")
-    if results["reward_model"]:
-        lines.append("reward model orders " + ", ".join(f"{percent(value).strip()} % ({'all' if key == 'accuracy' else key.replace('_', '-')})"
-                                                       for key, value in results["reward_model"].items()) + " of held-out pairs as the annotator")
-    lines.append("seconds: " + ", ".join(f"{name} {seconds:.0f}" for name, seconds in results["seconds"].items()))
+        lines.append(f"{name.replace('_vs_', ' vs ')}, in-domain: {results_text(numbers)}")
+    if results.get("reward_model"):
+        # "accuracy" is over all pairs, the others over a part of them.
+        shares = [
+            f"{100 * value:.1f} % ({'all' if name == 'accuracy' else name.replace('_', '-')})"
+            for name, value in results["reward_model"].items()
+        ]
+        pairs = "of held-out pairs as the annotator"
+        lines.append(f"reward model orders {', '.join(shares)} {pairs}")
+    if results.get("seconds"):
+        seconds = [f"{stage} {value:.0f}" for stage, value in results["seconds"].items()]
+        lines.append(f"seconds: {', '.join(seconds)}")
     return "\n".join(lines)
 
 
-def examples_text(examples: Sequence[dict[str, str]]) -> str:
+# -------------------------------------------------------------------------------------------------
+# A reward model's calibration
+
+
+def calibration_text(numbers: Mapping[str, Any], is_best: Sequence[bool]) -> str:
+    """Lay out the numbers of `statistics.calibration`.
+
+    is_best: for every ranking of 3 or more, whether the model's favourite is people's.
+    """
+    accuracy = share_text(numbers["accuracy"], numbers["interval"])
+    pairs = f"{numbers['pairs']} pairs from {numbers['prompts']} prompts"
+    loss = f"loss {numbers['loss']:.3f} nats, a coin's is 0.693"
+    lines = [f"orders {accuracy} of {pairs} as people do; {loss}"]
+    if is_best:
+        n = len(is_best)
+        share = share_text(mean(is_best), share_interval(mean(is_best), n))
+        lines.append(f"its favourite is ranked first in {share} of {n} rankings of 3 or more")
+    error = f"{100 * numbers['error']:.1f} points apart on average"
+    lines += [f"what it claims and how often it is right are {error}", ""]
+    lines.append(f"{'margin [nats]':16}{'pairs':>7}{'claims':>9}   is right")
+    for row in numbers["rows"]:
+        margin = f"{row['from']:<4g}to {row['to']:<9g}"
+        claims = f"{100 * row['predicted']:7.1f} %"
+        actual = share_text(row["actual"], row["interval"])
+        lines.append(f"{margin}{row['pairs']:7}{claims}   {actual}")
+    return "\n".join(lines)
+
+
+# -------------------------------------------------------------------------------------------------
+# Examples
+
+
+def shortened(text: str) -> list[str]:
+    """Return the lines of a text as an example shows them: few, and none too long."""
+    lines = [line for line in text.splitlines() if line.strip()] or [""]
+    if len(lines) > 12:
+        lines = [*lines[:12], "..."]
+    return [line if len(line) <= 400 else line[:400] + " ..." for line in lines]
+
+
+def examples_text(examples: Sequence[Mapping[str, str]]) -> str:
     """Lay out prompts with all answers, one block each; long texts are cut."""
     width = max((len(key) for example in examples for key in example), default=0)
+    margin = "\n" + " " * (width + 2)
+    # The names stand right-aligned, and further lines of a text below its first.
+    blocks = []
+    for example in examples:
+        texts = [f"{key:>{width}}  {margin.join(shortened(text))}" for key, text in example.items()]
+        blocks.append("\n".join(texts))
+    return "\n\n".join(blocks)
 
-    def lines(key: str, value: str) -> str:
-        shown = [line for line in value.splitlines() if line.strip()] or [""]
-        shown = shown if len(shown) <= 12 else [*shown[:12], "..."]
-        return f"{key:>{width}}  " + f"\n{'':{width + 2}}".join(line if len(line) <= 400 else line[:400] + " ..." for line in shown)
-    return "\n\n".join("\n".join(lines(key, value) for key, value in example.items()) for example in examples)
 
+def pick_examples(
+    prompts: Sequence[Prompt],
+    answers: Mapping[str, Sequence[str]],
+    values: Mapping[str, Sequence[Mapping[str, float]]],
+    show: int,
+) -> list[dict[str, str]]:
+    """Choose prompts to show, without regard to who wins: the first in-domain ones, a general one.
 
-def pick_examples(items: Sequence[Any], answers: dict[str, Sequence[str]], scores: dict[str, Sequence[float]], show: int) -> list[dict[str, str]]:
-    """Choose prompts to show, without regard to who wins: the first in-domain ones, then a general one."""
-    ads = [i for i, item in enumerate(items) if getattr(item, "task", "ad") == "ad"]
-    others = [i for i in range(len(items)) if i not in set(ads)]
-    chosen = ads[:max(show - 1, 1) if others else show] + others[:1]
+    answers, values: as in eval.assess; the models shown are those of `answers`.
+    """
+    domain = [i for i, prompt in enumerate(prompts) if prompt.task == ""]
+    general = [i for i, prompt in enumerate(prompts) if prompt.task != ""]
+    # The first ones, not the best: chosen examples prove nothing.
+    chosen = domain[:show]
+    if general:
+        chosen = domain[: max(show - 1, 1)] + general[:1]
     examples = []
     for i in chosen[:show]:
-        example = {"prompt": items[i].prompt}
-        example.update({f"{name} ({scores[name][i]:.2f})": texts[i] for name, texts in answers.items()})
-        if items[i].answer:
-            example["truth"] = items[i].answer
+        example = {"prompt": prompts[i].text}
+        for name, texts in answers.items():
+            example[f"{name} ({values[name][i]['score']:.2f})"] = texts[i]
+        if prompts[i].answer:
+            example["truth"] = prompts[i].answer
         examples.append(example)
     return examples
 
 
-READING = ("**base** is the model before any training (on the embedded world: random weights). **change** is PPO less SFT on the same prompts; "
-           "**noise** marks a change whose 95 % interval holds 0. One interval in twenty misses the truth.")
+# -------------------------------------------------------------------------------------------------
+# The report
+
+BASE = "**base** is the model before any training (on the embedded world: random weights)."
+CHANGE = (
+    "**change** is {compared} less {reference} on the same prompts; **noise** marks a change whose "
+    "95 % interval holds 0. One interval in twenty misses the truth."
+)
 
 
-def write_report(out: Path, results: dict, examples: Sequence[dict[str, str]]) -> str:
-    """Write report.md, with plots if matplotlib is installed; return a line about what was written."""
+def write_report(out: Path, results: Mapping[str, Any], examples: Sequence[dict[str, str]]) -> str:
+    """Write report.md, with plots where matplotlib is; return a line about what was written."""
     plots = write_plots(out, results)
-    lines = [f"# Run {out.name}", "", "```", table(results).strip("\n"), "```", "", READING, ""]
-    lines += [line for plot in plots for line in (f"![{plot}]({plot})", "")]
+    last = list(results["models"])[-1]
+    reference = results["reference"]
+    lines = [f"# Run {out.name}", "", "```", table(results).strip("\n"), "```", ""]
+    reading = [BASE]
+    if last in results["changes"]:
+        reading.append(CHANGE.format(compared=last, reference=reference))
+    lines += [" ".join(reading), ""]
+    for plot in plots:
+        lines += [f"![{plot}]({plot})", ""]
+    # The table at the top has room for one change, the last model's. Here are the others.
+    for name in results["changes"]:
+        if name != last:
+            lines += [f"## {name} against {reference}", "", "```"]
+            lines += [*columns(results, [reference, name], name), "```", ""]
     lines += ["## Examples", "", "```", examples_text(examples), "```", ""]
+    hint = ""
     if not plots:
-        lines += ["No plots: matplotlib is not installed (`pip install matplotlib`, then run `--stages=eval` again)."]
+        advice = "`pip install matplotlib`, then run `--stages=eval` again"
+        lines.append(f"No plots: matplotlib is not installed ({advice}).")
+        hint = " (no plots: pip install matplotlib to get them)"
     (out / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return f"report: {out / 'report.md'}" + ("" if plots else " (no plots: pip install matplotlib to get them)")
+    return f"report: {out / 'report.md'}{hint}"
