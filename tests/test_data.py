@@ -935,50 +935,59 @@ def test_plain_decoding_is_no_inverse(tokenizer):
 LONG = " ".join(f"{n}" for n in range(10, 40)) + " red?"
 
 
-@pytest.mark.parametrize("template", data.TEMPLATES)
-@pytest.mark.parametrize(
-    "prompt", [(user(LONG),), (SYSTEM, user(f" {LONG} "))], ids=["alone", "system and spaces"]
-)
-def test_the_limit_itself_is_allowed(tokenizer, template, prompt):
-    """Exactly the limit stays whole; one token more does not."""
+ANSWERS = ("Blue.", "Is it red?")
+
+
+def each_long_prompt(test):
+    """Run a test with every template, on a prompt alone and beside a system text and spaces."""
+    prompts = {"alone": (user(LONG),), "system": (SYSTEM, user(f" {LONG} "))}
+    test = pytest.mark.parametrize("prompt", prompts.values(), ids=prompts)(test)
+    return pytest.mark.parametrize("template", data.TEMPLATES)(test)
+
+
+@each_long_prompt
+def test_a_prompt_of_exactly_the_limit_stays(tokenizer, template, prompt):
     ids = data.encode_prompt(tokenizer, prompt, template)
-    texts = ("Blue.", "Is it red?")
-    responses = [data.encode_response(tokenizer, text, template) for text in texts]
+    long, short = Prompt(prompt, "p:1"), Prompt((*prompt[:-1], user("Hi")), "p:2")
+    kept, report = data.encode_prompts([long, short], tokenizer, template, len(ids))
+    assert kept[0] == replace(long, ids=tuple(ids)) and len(kept) == 2
+    assert report.longest == len(ids) and not report.skipped
 
-    records = [Prompt(prompt, "p:1")]
-    assert data.encode_prompts(records, tokenizer, template, len(ids))[0] == [
-        replace(records[0], ids=tuple(ids))
-    ]
-    with pytest.raises(
-        ValueError, match=f"p:1: a prompt of {len(ids)} tokens, longer than .*={len(ids) - 1}"
-    ):
-        data.encode_prompts(records, tokenizer, template, len(ids) - 1)
-    short = Prompt((*prompt[:-1], user("Hi")), "p:2")
-    kept, report = data.encode_prompts(
-        [*records, short], tokenizer, template, len(ids) - 1, skip_bad=True
-    )
-    assert [record.source for record in kept] == ["p:2"] and report.first == {
-        f"longer than {len(ids) - 1} tokens": "p:1"
-    }
+    limit = len(ids) - 1
+    with pytest.raises(ValueError, match=f"p:1: a prompt of {len(ids)} tokens, .*={limit}"):
+        data.encode_prompts([long, short], tokenizer, template, limit)
+    kept, report = data.encode_prompts([long, short], tokenizer, template, limit, skip_bad=True)
+    assert [record.source for record in kept] == ["p:2"]
+    assert report.first == {f"longer than {limit} tokens": "p:1"}
 
-    records = [Dialogue((*prompt, assistant(texts[1])), "d:1")]
-    limit = len(ids) + len(responses[1])
-    (example,), report = data.encode_sft(records, tokenizer, template, limit)
-    assert example.tokens == ids + responses[1] and not report.noted
-    (example,), report = data.encode_sft(records, tokenizer, template, limit - 1)
-    assert (
-        report.noted == {f"prompt cut to fit {limit - 1} tokens": 1} and len(example.tokens) < limit
-    )
-    assert example.tokens[-len(responses[1]) :] == responses[1] and sum(
-        example.response_mask
-    ) == len(responses[1])
 
-    records = [Ranking(prompt, texts, (1, 2), "r:1")]
-    limit = len(ids) + max(map(len, responses))
-    (example,), report = data.encode_rankings(records, tokenizer, template, limit)
+@each_long_prompt
+def test_a_demonstration_of_exactly_the_limit_stays(tokenizer, template, prompt):
+    answer = ANSWERS[1]
+    record = Dialogue((*prompt, assistant(answer)), "d:1")
+    response = data.encode_response(tokenizer, answer, template)
+    whole = data.encode_prompt(tokenizer, prompt, template) + response
+    (example,), report = data.encode_sft([record], tokenizer, template, len(whole))
+    assert example.tokens == whole and not report.noted
+
+    limit = len(whole) - 1
+    (example,), report = data.encode_sft([record], tokenizer, template, limit)
+    assert report.noted == {f"prompt cut to fit {limit} tokens": 1}
+    assert len(example.tokens) <= limit and example.tokens[-len(response):] == response
+    assert sum(example.response_mask) == len(response)
+
+
+@each_long_prompt
+def test_a_ranking_of_exactly_the_limit_stays(tokenizer, template, prompt):
+    record = Ranking(prompt, ANSWERS, (1, 2), "r:1")
+    ids = data.encode_prompt(tokenizer, prompt, template)
+    responses = [data.encode_response(tokenizer, answer, template) for answer in ANSWERS]
+    whole = len(ids) + max(map(len, responses))
+    (example,), report = data.encode_rankings([record], tokenizer, template, whole)
     assert (example.prompt, example.responses) == (ids, responses) and not report.noted
-    (example,), report = data.encode_rankings(records, tokenizer, template, limit - 1)
-    assert report.noted == {f"prompt cut to fit {limit - 1} tokens": 1}
+
+    (example,), report = data.encode_rankings([record], tokenizer, template, whole - 1)
+    assert report.noted == {f"prompt cut to fit {whole - 1} tokens": 1}
     assert example.responses == responses and len(example.prompt) < len(ids)
 
 
