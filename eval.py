@@ -49,15 +49,14 @@ Values = dict[str, dict[str, list[float]]]  # {"in_domain": {metric: value of ev
 
 def world_values(items: Sequence[microcosm.Item], answers: Sequence[str]) -> tuple[Values, list[float]]:
     """Judge answers by the gold rubric; return the values, in [0, 1], and the gold score of every item."""
-    grades = [microcosm.grade(item, answer) for item, answer in zip(items, answers, strict=True)]
-    ads = [grade for item, grade in zip(items, grades) if item.task == "ad"]
+    grades = [microcosm.rubric.metrics(item.prompt, answer, item.answer) for item, answer in zip(items, answers, strict=True)]
+    ads = [grade for item, grade in zip(items, grades) if not item.task]
     tasks: dict[str, list[float]] = defaultdict(list)
     for item, grade in zip(items, grades):
-        if item.task != "ad":
-            tasks[item.task].append(float(grade.strict))
-    in_domain = {"gold": [g.gold for g in ads], "strict": [float(g.strict) for g in ads],
-                 "multi": [float(g.multi) for g in ads if g.multi is not None], "verdict": [float(g.verdict) for g in ads]}
-    return {"in_domain": in_domain, "general": {name: tasks[name] for name in sorted(tasks)}}, [grade.gold for grade in grades]
+        if item.task:
+            tasks[item.task].append(grade["strict"])
+    in_domain = {name: [grade[name] for grade in ads if name in grade] for name in ("gold", "strict", "multi", "verdict")}
+    return {"in_domain": in_domain, "general": {name: tasks[name] for name in sorted(tasks)}}, [grade["gold"] for grade in grades]
 
 
 def summarise(values: Values) -> dict[str, Any]:
@@ -100,17 +99,17 @@ def answer_pairs(args: argparse.Namespace, judge: speaking.Speaker | None) -> li
         settings = speakers[0].settings
         items = [item for part, share in (("in_domain", 1.0), ("general", 0.0))
                  for item in microcosm.items("eval", settings[f"eval.{part}"], settings["seed"], share)]
-        records = [formats.Prompt((formats.Message("user", item.prompt),), f"{item.task} {n}", item.answer) for n, item in enumerate(items, 1)]
+        records = [formats.Prompt((formats.Message("user", item.prompt),), f"{item.task or 'ad'} {n}", item.answer) for n, item in enumerate(items, 1)]
     else:
         raise ValueError("compare: these models are not of the embedded world, so give --prompts=FILE and --judge=REWARD_DIR or --judge=FILE.json")
     answers = [[given for given, in speaking.answers(speaker, speaking.encode(speaker, records))] for speaker in speakers]
     if judge:
         scores = [speaking.judged(judge, records, given) for given in answers]
     elif items:
-        scores = [[microcosm.grade(item, answer.text).gold for item, answer in zip(items, given)] for given in answers]
+        scores = [[microcosm.rubric.score(item.prompt, answer.text, item.answer) for item, answer in zip(items, given)] for given in answers]
     else:
         scores = [[math.nan] * len(records)] * 2
-    groups = ["in-domain" if item.task == "ad" else "general" for item in items] or ["prompts"] * len(records)
+    groups = ["general" if item.task else "in-domain" for item in items] or ["prompts"] * len(records)
     return [Pair(speaking.shown(record.messages), a.text, b.text, prefer(x, y), (f"{x:.2f}", f"{y:.2f}"), record.answer or "", group)
             for record, a, b, x, y, group in zip(records, *answers, *scores, groups)]
 

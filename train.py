@@ -178,7 +178,7 @@ def run_annotate(run: Run) -> None:
         rows = read_jsonl(path)
         if config.is_world:
             for row, item in zip(rows, preference_items(run), strict=True):
-                row["ranks"] = row["ranks"] or microcosm.annotate(item, row["responses"], config.seed, config.reward.noise)
+                row["ranks"] = row["ranks"] or microcosm.annotate(item.prompt, item.answer, row["responses"], config.seed, config.reward.noise)
         for number, row in enumerate(rows, 1):
             ranks = row.get("ranks")
             if not isinstance(ranks, list) or len(ranks) != len(row["responses"]) or not all(isinstance(r, (int, float)) for r in ranks):
@@ -208,7 +208,7 @@ def measure_accuracy(run: Run, model: nn.Module, held_out: Sequence[data.Tokeniz
     mine, size = run.machine.part(list(range(len(held_out)))), run.config.reward.microbatch_size
     with parallel.gathered(model), run.machine.autocast():
         for kind in (0, 1):
-            rows = [i for i in mine if (tasks[i] == "ad") == kind]
+            rows = [i for i in mine if (tasks[i] == "") == kind]
             for i in range(0, len(rows), size):
                 batch = reward_batch(run, [held_out[row] for row in rows[i:i + size]])
                 totals[kind] += torch.stack(reward.pair_accuracy(reward.group_scores(model, batch), batch.ranks))
@@ -398,7 +398,7 @@ def run_eval(run: Run) -> None:
             values[name] = {"in_domain": {"score": scores[name]}}
     contests, changed = {}, {}
     if len(trained) == 2:
-        domain = [i for i, item in enumerate(items) if getattr(item, "task", "ad") == "ad"]
+        domain = [i for i, item in enumerate(items) if not getattr(item, "task", "")]
         contests["ppo_vs_sft"] = statistics.contest([statistics.prefer(scores["ppo"][i], scores["sft"][i]) for i in domain],
                                                     [(len(answers["ppo"][i]), len(answers["sft"][i])) for i in domain])
         changed = changes(values["ppo"], values["sft"])

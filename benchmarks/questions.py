@@ -138,7 +138,7 @@ def read_questions(name: str, task: Task, folder: Path, limit: int | None, seed:
 
 
 def microcosm_strict(item: Item, outcome: Outcome) -> float:
-    return float(microcosm.grade(microcosm.Item("", item.query, item.answers[0], {}), outcome.text).strict)
+    return microcosm.rubric.metrics(item.query, outcome.text, item.answers[0])["strict"]
 
 
 MICROCOSM = Task(lambda row: None, (), {"strict": microcosm_strict}, max_new_tokens=32)

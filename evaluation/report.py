@@ -62,7 +62,7 @@ def examples_text(examples: Sequence[dict[str, str]]) -> str:
 
 def pick_examples(items: Sequence[Any], answers: dict[str, Sequence[str]], scores: dict[str, Sequence[float]], show: int) -> list[dict[str, str]]:
     """Choose prompts to show, without regard to who wins: the first in-domain ones, then a general one."""
-    ads = [i for i, item in enumerate(items) if getattr(item, "task", "ad") == "ad"]
+    ads = [i for i, item in enumerate(items) if not getattr(item, "task", "")]
     others = [i for i in range(len(items)) if i not in set(ads)]
     chosen = ads[:max(show - 1, 1) if others else show] + others[:1]
     examples = []
