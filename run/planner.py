@@ -77,9 +77,9 @@ class Usage(NamedTuple):
 
 
 class Known(NamedTuple):
-    """A storage that was seen, not kept alive, and whether it holds something per piece of vocabulary."""
+    """A storage that was seen, and is not kept alive by that."""
     reference: StorageWeakRef
-    is_logits: bool
+    is_logits: bool  # it holds a number for every piece of the vocabulary
 
 
 class Meter(TorchDispatchMode):
@@ -479,17 +479,17 @@ def advise(
 
 
 def heading(config: Config, shape: ModelConfig, judge: ModelConfig, room: float) -> str:
-    """Say what the table below counts."""
-    actor = parameters_of(Transformer, shape) / 1e9
-    sizes = f"Actor of {actor:.2f} billion parameters"
-    if has_critic(config) or has_reward_model(config):
-        sizes = (f"Actor of {actor:.2f}, reward model and critic of "
-                 f"{parameters_of(ScalarModel, judge) / 1e9:.2f} billion parameters")
+    """Return what stands above the table."""
+    sizes = f"Actor of {parameters_of(Transformer, shape) / 1e9:.2f}"
+    judges = ["reward model"] * has_reward_model(config) + ["critic"] * has_critic(config)
+    if judges:
+        billions = parameters_of(ScalarModel, judge) / 1e9
+        sizes += f", {' and '.join(judges)} of {billions:.2f}"
     columns = "".join(f"{name:>12}" for name in Parts._fields)
     return (
         f"Peak memory of one of {config.ranks} ranks in GiB; {config.gpu_memory:g} GB less a reserve "
         f"of {RESERVE // GIB} GiB for CUDA, NCCL and fragmentation is {room / GIB:.1f} GiB.\n"
-        f"{sizes}; every prompt {config.data.max_prompt_tokens} and every response "
+        f"{sizes} billion parameters; every prompt {config.data.max_prompt_tokens} and every response "
         f"{config.data.max_response_tokens} tokens long.\n"
         "Activations are counted with the weights gathered for them.\n\n"
         f"{'':12}{columns}{'peak':>9}")
