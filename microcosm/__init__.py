@@ -2,12 +2,13 @@
 
 The domain is advertisement review (ads.py), as in the paper; beside it stand 12 general tasks
 (general.py). People's answers are imperfect *by construction*: most reviewers stop at the first
-reason, some are sloppy, and one general answer in eight is a slip. So a model fine-tuned on them has
-something left to learn from rankings, and an evaluation against the truth can show whether it did.
+reason, some are sloppy, and one general answer in eight is a slip. So a model fine-tuned on them
+has something left to learn from rankings, and an evaluation against the truth can show whether it
+did.
 
-Everything is a pure function of a seed. The three splits share no prompt: whole combinations (what an
-ad sells and the set of rules it breaks; a general question) belong to one split, by a hash, for every
-seed. The gold rubric (rubric.py) is for the annotator and the evaluation alone.
+Everything is a pure function of a seed. The three splits share no prompt: whole combinations (what
+an ad sells and the set of rules it breaks; a general question) belong to one split, by a hash, for
+every seed. The gold rubric (rubric.py) is for the annotator and the evaluation alone.
 """
 from __future__ import annotations
 
@@ -44,9 +45,9 @@ def bucket(combination: str) -> int:
 
 
 def items(split: str, n: int, seed: int, in_domain_share: float = 0.5) -> list[Item]:
-    """Draw n prompts of a split ("train", "preference" or "eval"): ads, and general tasks in turn."""
-    # One stream of random numbers, item after item: a longer list starts with the shorter one, so more
-    # training continues an experiment instead of changing it.
+    """Draw n prompts of a split ("train", "preference", "eval"): ads, and general tasks in turn."""
+    # One stream of random numbers, item after item: a longer list starts with the shorter one, so
+    # more training continues an experiment instead of changing it.
     rng = random.Random(f"{split} {seed}")
     turn = itertools.cycle(rng.sample(TASKS, len(TASKS)))
     drawn = []
@@ -73,7 +74,7 @@ def draw_ad(rng: random.Random) -> tuple[Item, str]:
 
 
 def draw_question(rng: random.Random, task: str) -> tuple[Item, str]:
-    """Draw a general question of any split; also return the combination that decides on its split."""
+    """Draw a question of any split; also return the combination that decides on its split."""
     question = general.GENERATORS[task](rng)
     # Another order of the same words is no new question.
     combination = " ".join(sorted(question.prompt.split()))
@@ -87,10 +88,12 @@ def demonstrate(item: Item, rng: random.Random) -> str:
     return item.slip if rng.random() < SLIP else item.answer
 
 
-def annotate(prompt: str, answer: str, responses: Sequence[str], seed: int, noise: float) -> list[int]:
-    """Rank responses as a person with the rubric in mind would: by gold plus an error of N(0, noise).
+def annotate(
+    prompt: str, answer: str, responses: Sequence[str], seed: int, noise: float
+) -> list[int]:
+    """Rank responses as a person with the rubric in mind would: by gold plus an error N(0, noise).
 
-    answer: the true one.   Returns: one rank per response, 1 is best; equal responses get equal ranks.
+    answer: the true one.   Returns: a rank per response, 1 is best; equal responses share a rank.
     """
     felt = []
     for response in responses:

@@ -1,9 +1,9 @@
-"""The domain: review a short advertisement, name every rule it breaks and quote the word that shows it.
+"""The domain: review an advertisement, name every rule it breaks and quote the word that shows it.
 
-Nine rules. Some are broken by one phrase (a cure, a sure success, a gift, a photo before and after),
-some by how two places of the ad relate: the product and the audience, a superlative and its proof, an
-investment and its notice, the product and the landing page. The same words also occur innocently ("A
-story about asthma."), so a review has to read, not to spot words.
+Nine rules. Some are broken by one phrase (a cure, a sure success, a gift, a photo before and
+after), some by how two places of the ad relate: the product and the audience, a superlative and its
+proof, an investment and its notice, the product and the landing page. The same words also occur
+innocently ("A story about asthma."), so a review has to read, not to spot words.
 """
 from __future__ import annotations
 
@@ -72,11 +72,10 @@ PHRASES = {
     "superlative": Phrase(
         SUPERLATIVES, ("The {} of all.",), SUPERLATIVES, ("The {} in a study.",), 0.2),
 }
-# Whom an ad addresses, by the kind of its product: only what is for adults must not be for minors.
-AUDIENCE = {
-    kind: Phrase(MINORS, ("For {}.",), GROWN if kind == "adult" else MINORS + GROWN, ("For {}.",), 0.5)
-    for kind in PRODUCTS
-}
+# Whom an ad addresses: minors are innocent where the product is not for adults alone.
+FOR_ADULTS = Phrase(MINORS, ("For {}.",), GROWN, ("For {}.",), 0.5)
+FOR_ALL = FOR_ADULTS._replace(innocent_words=MINORS + GROWN)
+AUDIENCE = {kind: FOR_ADULTS if kind == "adult" else FOR_ALL for kind in PRODUCTS}
 
 
 class Ad(NamedTuple):

@@ -1,8 +1,8 @@
 """Twelve general tasks that must not get worse: lists, numbers, words, small deductions.
 
-Every prompt carries enough content that whole combinations can be held out while every word is seen.
-Each task is one that two layers of attention can do: find a word by the one before it, count, remember
-a small table. A new task is a function that draws a question, and its name in GENERATORS at the end.
+Every prompt carries enough content that whole combinations can be held out while every word is
+seen. Each task is one that two layers of attention can do: find a word by the one before it, count,
+remember a small table. A new task is a function that draws a question, and a line in GENERATORS.
 """
 from __future__ import annotations
 
@@ -62,7 +62,8 @@ def sort(rng: random.Random) -> Question:
     """Put digits in order."""
     numbers = rng.sample(range(10), 3)
     ordered = [str(n) for n in sorted(numbers)]
-    return Question(f"Sort: {' '.join(map(str, numbers))}", " ".join(ordered), swapped(ordered, rng))
+    prompt = f"Sort: {' '.join(map(str, numbers))}"
+    return Question(prompt, " ".join(ordered), swapped(ordered, rng))
 
 
 def add(rng: random.Random) -> Question:

@@ -1,11 +1,11 @@
-"""The embedded world's judge, a reward-function file like a user's own (`--reward.function=FILE.py`).
+"""The embedded world's judge: a reward-function file like a user's own (--reward.function=FILE.py).
 
 Both functions see a prompt, a response and the reference answer, and nothing else: what the world
 knows of an ad is read out of its reference review, just as a review by a model is read.
 
-Gold, in [0, 1]. Of a review: 0.4 for the verdict and 0.6 * F1 over (rule, word) pairs, so repeated and
-invented reasons cost precision and forgotten ones cost recall. Of a general answer: 1 if it is exactly
-right, else 0.8 * the share of words in the right place.
+Gold, in [0, 1]. Of a review: 0.4 for the verdict and 0.6 * F1 over (rule, word) pairs, so repeated
+and invented reasons cost precision and forgotten ones cost recall. Of a general answer: 1 if it is
+exactly right, else 0.8 * the share of words in the right place.
 """
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def score(prompt: str, response: str, answer: str | None) -> float:
 def metrics(prompt: str, response: str, answer: str | None) -> dict[str, float]:
     """Judge a response in several ways, each in [0, 1].
 
-    Returns: gold, as above; strict, 1 if nothing is wrong or missing; for a review also verdict, 1 if
-    approved or rejected rightly, and for an ad that breaks two rules or more multi, which is strict.
+    Returns: gold, as above; strict, 1 if nothing is wrong or missing; for a review also verdict, 1
+    if approved or rejected rightly, and for an ad that breaks two rules or more multi, as strict.
     """
     if answer is None:
-        raise ValueError("the embedded world's rubric judges by a reference answer, and there is none")
+        raise ValueError("the world's rubric judges by a reference answer, and there is none")
     truth = ads.parse(answer)
     if truth.approved is None:
         return general_metrics(response.split(), answer.split())

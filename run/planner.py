@@ -1,12 +1,12 @@
 """Plan before you rent: the peak memory of every stage on every rank, found without a GPU.
 
-The real modules, losses and FSDP wrapping run on fake tensors, which have a shape and no content, in
-a fake process group. Two models of a few blocks are simulated; every further block costs what the
-last one did, so large ones follow exactly.
+The real modules, losses and FSDP wrapping run on fake tensors, which have a shape and no content,
+in a fake process group. Two models of a few blocks are simulated; every further block costs what
+the last one did, so large ones follow exactly.
 
 What lives through a stage is arithmetic: parameters, gradients, Adam's two moments. What comes and
-goes is measured as the highest total of all storages while a micro-batch runs: activations (with the
-blocks gathered for them), logits, KV cache. The batch is the worst case: every prompt and every
+goes is measured as the highest total of all storages while a micro-batch runs: activations (with
+the blocks gathered for them), logits, KV cache. The batch is the worst case: every prompt and every
 response has its full length.
 """
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Known(NamedTuple):
 
 
 class Meter(TorchDispatchMode):
-    """Adds up the storages of fake tensors after every operation, and remembers the highest total."""
+    """Adds up the storages of fake tensors after every operation; remembers the highest total."""
 
     def __init__(self, count: int, vocab_size: int) -> None:
         """count: True slots of the batch's masks, which have no content to count them in."""
@@ -180,7 +180,7 @@ MicroBatch = Callable[[nn.Module], Tensor | None]
 def simulate(
     kind: type[nn.Module], shape: ModelConfig, machine: Machine, count: int, run: MicroBatch
 ) -> Usage:
-    """Return the bytes that come and go while `run` does one micro-batch on a model of this shape."""
+    """Return the bytes that come and go while `run` does one micro-batch on such a model."""
     with FakeTensorMode(allow_non_fake_inputs=True), Meter(count, shape.vocab_size) as meter:
         model = kind(shape)
         model.model.recompute = machine.config.activation_checkpointing
@@ -298,7 +298,9 @@ class Planner:
         dtype = self.machine.dtype if is_cast else torch.float32
         return shard_bytes(kind, shape, self.machine, dtype)
 
-    def train(self, kind: type[nn.Module], shape: ModelConfig, count: int, loss: MicroBatch) -> Parts:
+    def train(
+        self, kind: type[nn.Module], shape: ModelConfig, count: int, loss: MicroBatch
+    ) -> Parts:
         """Plan an optimizer step of one model that is alone on the GPU."""
         held = self.held(kind, shape)
         usage = measure(kind, shape, self.machine, count, loss)
@@ -369,7 +371,7 @@ class Planner:
             activations=usage.others - cache, logits=usage.logits, cache=cache)
 
     def cache_bytes(self) -> int:
-        """Return the bytes that the actor's cache holds per token: keys and values of all blocks."""
+        """Return the bytes of the actor's cache per token: keys and values of all blocks."""
         width = self.shape.dim * self.shape.n_kv_heads // self.shape.n_heads
         return 2 * self.shape.n_layers * width * self.machine.dtype.itemsize
 
@@ -391,7 +393,7 @@ class Planner:
         ppo.token_values(model, rollout.tokens, None, rollout.response_mask)
 
     def ppo_update(self) -> Parts:
-        """Plan the larger of the actor's and the critic's optimizer step, which follow each other."""
+        """Plan the larger of the actor's and the critic's optimizer steps."""
         config = self.config.ppo
         batch = config.microbatch_size
 
@@ -487,10 +489,11 @@ def heading(config: Config, shape: ModelConfig, judge: ModelConfig, room: float)
         sizes += f", {' and '.join(judges)} of {billions:.2f}"
     columns = "".join(f"{name:>12}" for name in Parts._fields)
     return (
-        f"Peak memory of one of {config.ranks} ranks in GiB; {config.gpu_memory:g} GB less a reserve "
-        f"of {RESERVE // GIB} GiB for CUDA, NCCL and fragmentation is {room / GIB:.1f} GiB.\n"
-        f"{sizes} billion parameters; every prompt {config.data.max_prompt_tokens} and every response "
-        f"{config.data.max_response_tokens} tokens long.\n"
+        f"Peak memory of one of {config.ranks} ranks in GiB; {config.gpu_memory:g} GB less a "
+        f"reserve of {RESERVE // GIB} GiB for CUDA, NCCL and fragmentation is "
+        f"{room / GIB:.1f} GiB.\n"
+        f"{sizes} billion parameters; every prompt {config.data.max_prompt_tokens} and every "
+        f"response {config.data.max_response_tokens} tokens long.\n"
         "Activations are counted with the weights gathered for them.\n\n"
         f"{'':12}{columns}{'peak':>9}")
 
@@ -524,7 +527,7 @@ def named_shape(name: str) -> ModelConfig:
 
 
 def shapes(config: Config) -> tuple[ModelConfig, ModelConfig]:
-    """Return the shapes of the actor, and of reward model and critic, that --plan is to plan for."""
+    """Return the shapes of the actor, and of reward model and critic, that --plan speaks of."""
     if config.is_world:
         shape = world_shape(config)
         return shape, reward_shape(config) or shape

@@ -1,7 +1,8 @@
 """What test_weights.py runs under two processes: load folders, sharded, and write them again.
 
-`reload.py OUT FOLDER...` writes OUT/<name of the folder> for each, a reward model for a folder named so.
+`reload.py OUT FOLDER...` writes OUT/<name of the folder> for each; "reward" is a reward model.
 """
+
 import sys
 from pathlib import Path
 

@@ -1,4 +1,6 @@
-"""The embedded world: its truth re-derived from the text by an own reader, splits, people, rubric, annotator, tokenizer."""
+"""The embedded world: its truth re-derived from the text by an own reader, splits, people, rubric,
+annotator, tokenizer."""
+
 import hashlib
 import importlib.util
 import random
@@ -24,10 +26,26 @@ PATTERNS = {
     "Altered photo": r"See (\w+) before and after",
     "No proof": r"The (\w+) of all",
 }
-ORDER = ("Banned product", "Sold to minors", "No risk notice", "Medical claim", "False promise", "Misleading price",
-         "Altered photo", "No proof", "Wrong page")
+ORDER = (
+    "Banned product",
+    "Sold to minors",
+    "No risk notice",
+    "Medical claim",
+    "False promise",
+    "Misleading price",
+    "Altered photo",
+    "No proof",
+    "Wrong page",
+)
 DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
-PAIRS = [("hot", "cold"), ("big", "small"), ("old", "young"), ("fast", "slow"), ("dark", "bright"), ("wet", "dry")]
+PAIRS = [
+    ("hot", "cold"),
+    ("big", "small"),
+    ("old", "young"),
+    ("fast", "slow"),
+    ("dark", "bright"),
+    ("wet", "dry"),
+]
 
 
 def read_ad(prompt: str) -> str:
@@ -54,7 +72,9 @@ def read_ad(prompt: str) -> str:
 def truth_of(words: list[str]) -> bool:
     """Work out "yes and no", "yes or no" or "yes but not no"."""
     first, last = words[0] == "yes", words[-1] == "yes"
-    return {"and": first and last, "or": first or last, "but not": first and not last}[" ".join(words[1:-1])]
+    return {"and": first and last, "or": first or last, "but not": first and not last}[
+        " ".join(words[1:-1])
+    ]
 
 
 def class_of(word: str) -> str:
@@ -102,18 +122,29 @@ def test_truth_follows_from_the_text():
 def test_every_task_and_every_rule_occurs():
     drawn = items("eval", 3000, seed=0)
     assert {item.task for item in drawn} == {"", *TASKS} and len(TASKS) == 12
-    assert {rule for item in drawn if item.ad for rule in item.ad.evidence} == set(microcosm.ads.RULES)
+    assert {rule for item in drawn if item.ad for rule in item.ad.evidence} == set(
+        microcosm.ads.RULES
+    )
 
 
 def test_splits_are_disjoint_for_all_seeds():
-    prompts = {split: {item.prompt for seed in (0, 1, 2) for item in items(split, 3000, seed)} for split in microcosm.SPLITS}
+    prompts = {
+        split: {item.prompt for seed in (0, 1, 2) for item in items(split, 3000, seed)}
+        for split in microcosm.SPLITS
+    }
     assert not prompts["eval"] & prompts["train"]
     assert not prompts["eval"] & prompts["preference"]
     assert not prompts["train"] & prompts["preference"]
-    kinds = {split: {(item.ad.look, item.ad.product, *item.ad.evidence) for item in items(split, 5000, 0, 1.0)}
-             for split in microcosm.SPLITS}
+    kinds = {
+        split: {
+            (item.ad.look, item.ad.product, *item.ad.evidence)
+            for item in items(split, 5000, 0, 1.0)
+        }
+        for split in microcosm.SPLITS
+    }
     assert not kinds["eval"] & kinds["train"] and not kinds["eval"] & kinds["preference"], (
-        "what is sold and why it is rejected are new together")
+        "what is sold and why it is rejected are new together"
+    )
 
 
 def test_everything_is_a_function_of_the_seed():
@@ -129,13 +160,14 @@ def test_everything_is_a_function_of_the_seed():
 
 
 def test_the_world_is_the_same_in_every_version():
-    """Prompts, answers, demonstrations, slips and rankings, letter by letter: what published numbers rest on."""
+    """Prompts, answers, demonstrations, slips, rankings: what published numbers rest on."""
     digest = hashlib.sha256()
     for split in ("train", "preference", "eval"):
         for seed in (0, 7):
             rng = random.Random(seed)
             for item in items(split, 1500, seed):
-                digest.update(f"{item.prompt}\n{item.answer}\n{demonstrate(item, rng)}\n{item.slip}\n".encode())
+                shown = (item.prompt, item.answer, demonstrate(item, rng), item.slip, "")
+                digest.update("\n".join(shown).encode())
     assert digest.hexdigest() == "4235d04051ee4dce49208974ac211c367ecbbec04d90be0066d48084e728c496"
 
     rng = random.Random(1)
@@ -150,10 +182,15 @@ def test_people_are_imperfect():
     rng = random.Random(0)
     ads = items("train", 4000, 0, in_domain_share=1.0)
     judged = [rubric.metrics(ad.prompt, demonstrate(ad, rng), ad.answer) for ad in ads]
-    assert 0.36 < fmean(row["multi"] for row in judged if "multi" in row) < 0.44, "about 38 % are careful"
+    assert 0.36 < fmean(row["multi"] for row in judged if "multi" in row) < 0.44, (
+        "about 38 % are careful"
+    )
     assert fmean(row["verdict"] for row in judged) > 0.95
     general = items("train", 4000, 0, in_domain_share=0.0)
-    right = [rubric.metrics(item.prompt, demonstrate(item, rng), item.answer)["strict"] for item in general]
+    right = [
+        rubric.metrics(item.prompt, demonstrate(item, rng), item.answer)["strict"]
+        for item in general
+    ]
     assert 0.86 < fmean(right) < 0.90
 
 
@@ -176,7 +213,12 @@ def test_rubric_by_hand():
     }
     for response, (gold, strict, verdict) in cases.items():
         judged = rubric.metrics("", response, TWO_REASONS)
-        assert judged == {"gold": pytest.approx(gold), "strict": strict, "verdict": verdict, "multi": strict}, response
+        assert judged == {
+            "gold": pytest.approx(gold),
+            "strict": strict,
+            "verdict": verdict,
+            "multi": strict,
+        }, response
         assert rubric.score("", response, TWO_REASONS) == judged["gold"]
 
 
@@ -185,7 +227,9 @@ def test_rubric_of_an_ad_that_breaks_nothing_or_one_rule():
     golds = [rubric.score("", response, "Approve.") for response in responses]
     assert golds == pytest.approx([1.0, 0.6, 0.4, 0.0])
     for answer in ("Approve.", "Reject. Medical claim: flu."):
-        assert rubric.metrics("", answer, answer) == {"gold": 1, "strict": 1, "verdict": 1}, "no multi"
+        assert rubric.metrics("", answer, answer) == {"gold": 1, "strict": 1, "verdict": 1}, (
+            "no multi"
+        )
 
 
 def test_rubric_of_general_answers():
@@ -215,7 +259,9 @@ def test_annotator_ranks_by_the_rubric():
     assert annotate("p", TWO_REASONS, answers, 0, noise=0.0) == [2, 4, 1, 4, 3]
     noisy = [annotate("p", TWO_REASONS, answers, seed, noise=0.1) for seed in range(200)]
     assert all(ranks[1] == ranks[3] for ranks in noisy), "equal answers are ties"
-    assert 0.75 < fmean(ranks[0] > ranks[2] for ranks in noisy) <= 1.0, "the better answer usually wins"
+    assert 0.75 < fmean(ranks[0] > ranks[2] for ranks in noisy) <= 1.0, (
+        "the better answer usually wins"
+    )
     turned = annotate("p", TWO_REASONS, answers[::-1], 3, noise=0.1)
     assert turned[::-1] == noisy[3], "the order in which answers are shown does not matter"
 
@@ -230,7 +276,9 @@ def test_tokenizer(tmp_path):
         for text in (item.prompt, item.answer):
             assert tokenizer.decode(tokenizer.encode(text)) == text
             assert tokenizer.decode(tokenizer.encode_segment(text)) == text
-        lengths.append(len(tokenizer.encode(item.prompt)) + len(tokenizer.encode_segment(item.answer)))
+        lengths.append(
+            len(tokenizer.encode(item.prompt)) + len(tokenizer.encode_segment(item.answer))
+        )
     words = set(re.findall(r"[A-Za-z]+", " ".join(item.prompt for item in items("train", 3000, 0))))
     assert fmean(len(tokenizer.encode(word)) for word in words) < 1.1, "a word is a piece"
     assert max(lengths) < 100 and fmean(lengths) < 36

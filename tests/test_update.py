@@ -1,4 +1,5 @@
 """One optimizer step against Adam written out in plain floats."""
+
 import math
 from dataclasses import replace
 from typing import NamedTuple
@@ -35,7 +36,7 @@ def data(n: int, seed: int) -> Batch:
 class ByHand:
     """AdamW with clipping for a linear layer, in lists of Python floats.
 
-    Loshchilov and Hutter 2019, algorithm 2. Numbers 0 to 5 are the matrix, row by row, 6 and 7 the bias.
+    Loshchilov and Hutter 2019, algorithm 2. Numbers 0 to 5 are the matrix by rows, 6 and 7 the bias.
     """
 
     def __init__(self, model: nn.Linear, weight_decay: float) -> None:
@@ -68,8 +69,8 @@ class ByHand:
             self.m[k] = 0.9 * self.m[k] + 0.1 * g
             self.v[k] = 0.95 * self.v[k] + 0.05 * g * g
             flat[k] *= 1 - lr * self.decay if k < 6 else 1.0  # matrices only
-            first = self.m[k] / (1 - 0.9 ** self.t)
-            second = self.v[k] / (1 - 0.95 ** self.t)
+            first = self.m[k] / (1 - 0.9**self.t)
+            second = self.v[k] / (1 - 0.95**self.t)
             flat[k] -= lr * first / (math.sqrt(second) + 1e-5)
         self.w = [flat[:3], flat[3:6]]
         self.b = flat[6:]
@@ -91,7 +92,9 @@ def test_adam_by_hand():
         batches = [data(1, step), data(5, 10 + step), data(2, 20 + step)]
         stats = update(model, optimizer, [Term(squares, batches)], lr, max_norm, MACHINE)
         norm = hand.step(hand.gradient(batches), lr, max_norm)
-        assert stats["grad_norm"] == pytest.approx(norm, rel=1e-5), "the norm is logged before clipping"
+        assert stats["grad_norm"] == pytest.approx(norm, rel=1e-5), (
+            "the norm is logged before clipping"
+        )
         assert model.weight.flatten().tolist() == pytest.approx(sum(hand.w, []), abs=2e-6)
         assert model.bias.tolist() == pytest.approx(hand.b, abs=2e-6)
         assert stats["largest"] == max(batch.x.max().item() for batch in batches)
