@@ -1,13 +1,14 @@
 """The embedded default: a small world whose truth is known.
 
-The domain is advertisement review (ads.py), as in the paper; beside it stand 12 general tasks (general.py).
-People's answers are imperfect *by construction*: most reviewers stop at the first reason, some are sloppy,
-and one general answer in eight is a slip. So a model fine-tuned on them has something left to learn from
-rankings, and an evaluation against the truth can show whether it did.
+The domain is advertisement review (ads.py), as in the paper; beside it stand 12 general tasks
+(general.py). People's answers are imperfect *by construction*: most reviewers stop at the first
+reason, some are sloppy, and one general answer in eight is a slip. So a model fine-tuned on them
+has something left to learn from rankings, and an evaluation against the truth can show whether it
+did.
 
-Everything is a pure function of a seed. The three splits share no prompt: whole combinations (what an
-ad sells and the set of rules it breaks; a general question) belong to one split, by a hash, for every seed.
-The gold rubric, `grade`, is for the annotator and the evaluation alone.
+Everything is a pure function of a seed. The three splits share no prompt: whole combinations (what
+an ad sells and the set of rules it breaks; a general question) belong to one split, by a hash, for
+every seed. The gold rubric (rubric.py) is for the annotator and the evaluation alone.
 """
 from __future__ import annotations
 
@@ -19,60 +20,65 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Sequence
 
-from . import ads, general
+from . import ads, general, rubric
 
 TASKS = tuple(general.GENERATORS)
-SPLITS = {"eval": range(0, 10), "preference": range(10, 40), "train": range(40, 100)}  # buckets of 100
+# Buckets of 100 that a combination's hash may fall into, by split.
+SPLITS = {"eval": range(0, 10), "preference": range(10, 40), "train": range(40, 100)}
 SLIP = 0.12  # share of general answers that people get wrong
 
 
 @dataclass(frozen=True)
 class Item:
-    """One prompt of the world: its task ("ad" or one of TASKS), its text, the true answer, and what the rubric knows."""
-    task: str
+    """One prompt of the world, its true answer, and what people are made to get wrong about it."""
+    task: str                # one of TASKS; "": the domain itself, an advertisement
     prompt: str
     answer: str
-    evidence: dict[str, str]   # broken rule -> the word that shows it; empty for general tasks
-    ad: ads.Ad | None = None
-    slip: str = ""             # a plausible wrong answer to a general question
-
-
-@dataclass(frozen=True)
-class Grade:
-    """The rubric's judgement of one answer."""
-    gold: float                # [0, 1]
-    strict: bool               # exactly right
-    verdict: bool              # approved or rejected rightly; general tasks: exactly right
-    multi: bool | None         # strict, for ads that break two rules or more; None for all else
+    ad: ads.Ad | None = None  # of an advertisement
+    slip: str = ""           # of a general question: a plausible wrong answer
 
 
 def bucket(combination: str) -> int:
     """Hash a combination to 0..99, alike on every machine."""
-    return int.from_bytes(hashlib.blake2s(combination.encode(), digest_size=4).digest(), "big") % 100
+    digest = hashlib.blake2s(combination.encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big") % 100
 
 
 def items(split: str, n: int, seed: int, in_domain_share: float = 0.5) -> list[Item]:
-    """Draw n prompts of a split ("train", "preference" or "eval"): ads in between, general tasks in turn.
-
-    A longer list starts with the shorter one, so more training continues an experiment instead of changing it.
-    """
+    """Draw n prompts of a split ("train", "preference", "eval"): ads, and general tasks in turn."""
+    # One stream of random numbers, item after item: a longer list starts with the shorter one, so
+    # more training continues an experiment instead of changing it.
     rng = random.Random(f"{split} {seed}")
     turn = itertools.cycle(rng.sample(TASKS, len(TASKS)))
-    return [draw(rng, "ad" if rng.random() < in_domain_share else next(turn), split) for _ in range(n)]
+    drawn = []
+    for _ in range(n):
+        task = "" if rng.random() < in_domain_share else next(turn)
+        drawn.append(draw(rng, task, split))
+    return drawn
 
 
 def draw(rng: random.Random, task: str, split: str) -> Item:
     """Draw one prompt of a task; what belongs to another split is drawn again."""
     while True:
-        if task == "ad":
-            ad = ads.draw(rng)
-            if bucket(f"{ad.look} {ad.product} {' '.join(ad.evidence)}") in SPLITS[split]:
-                return Item(task, f"Review: {ad.text}", ads.review(ad.evidence, approve=not ad.evidence), ad.evidence, ad)
-        else:
-            question = general.GENERATORS[task](rng)
-            words = " ".join(sorted(question.prompt.split()))  # another order of the same words is no new question
-            if bucket(words) in SPLITS[split]:
-                return Item(task, question.prompt, question.answer, {}, slip=question.slip)
+        item, combination = draw_question(rng, task) if task else draw_ad(rng)
+        if bucket(combination) in SPLITS[split]:
+            return item
+
+
+def draw_ad(rng: random.Random) -> tuple[Item, str]:
+    """Draw an ad of any split; also return the combination that decides on its split."""
+    ad = ads.draw(rng)
+    answer = ads.review(ad.evidence, approve=not ad.evidence)
+    combination = f"{ad.look} {ad.product} {' '.join(ad.evidence)}"
+    return Item("", f"Review: {ad.text}", answer, ad=ad), combination
+
+
+def draw_question(rng: random.Random, task: str) -> tuple[Item, str]:
+    """Draw a question of any split; also return the combination that decides on its split."""
+    question = general.GENERATORS[task](rng)
+    # Another order of the same words is no new question.
+    combination = " ".join(sorted(question.prompt.split()))
+    return Item(task, question.prompt, question.answer, slip=question.slip), combination
 
 
 def demonstrate(item: Item, rng: random.Random) -> str:
@@ -82,45 +88,44 @@ def demonstrate(item: Item, rng: random.Random) -> str:
     return item.slip if rng.random() < SLIP else item.answer
 
 
-def grade(item: Item, answer: str) -> Grade:
-    """Judge an answer by the truth.
+def annotate(
+    prompt: str, answer: str, responses: Sequence[str], seed: int, noise: float
+) -> list[int]:
+    """Rank responses as a person with the rubric in mind would: by gold plus an error N(0, noise).
 
-    Ads: gold = 0.4 * verdict + 0.6 * F1 over (rule, evidence) pairs; repeated and invented reasons cost precision.
-    General tasks: 1 if exactly right, else 0.8 * share of words in the right place.
+    answer: the true one.   Returns: a rank per response, 1 is best; equal responses share a rank.
     """
-    if item.ad is None:
-        right, given = item.answer.split(), answer.split()
-        share = sum(a == b for a, b in zip(right, given)) / max(len(right), len(given))
-        exact = right == given
-        return Grade(1.0 if exact else 0.8 * share, exact, exact, None)
-    approved, reasons = ads.parse(answer)
-    truth = set(item.evidence.items())
-    verdict = approved == (not truth)  # None, no review at all, equals neither
-    found = len(truth & set(reasons))
-    f1 = 2 * found / (len(truth) + len(reasons)) if truth or reasons else float(approved is not None)
-    strict = verdict and found == len(truth) == len(reasons)
-    return Grade(0.4 * verdict + 0.6 * f1, strict, verdict, strict if len(truth) >= 2 else None)
-
-
-def annotate(item: Item, answers: Sequence[str], seed: int, noise: float = 0.1) -> list[int]:
-    """Rank answers as a person with the rubric in mind would: by gold plus an error of N(0, noise).
-
-    Returns: one rank per answer, 1 is best; equal answers get equal ranks. The error belongs to the answer, so the
-    order in which answers are shown does not matter.
-    """
-    def felt(answer: str) -> float:
-        return grade(item, answer).gold + random.Random(f"annotator {seed} {item.prompt}\n{answer}").gauss(0, noise)
-    values = [felt(answer) for answer in answers]
-    order = sorted(set(values), reverse=True)
-    return [order.index(value) + 1 for value in values]
+    felt = []
+    for response in responses:
+        # The error belongs to the response: the order in which responses are shown does not matter.
+        rng = random.Random(f"annotator {seed} {prompt}\n{response}")
+        felt.append(rubric.score(prompt, response, answer) + rng.gauss(0, noise))
+    order = sorted(set(felt), reverse=True)
+    return [order.index(value) + 1 for value in felt]
 
 
 def train_tokenizer(path: str | Path, vocab_size: int = 512) -> None:
-    """Train the world's sentencepiece tokenizer (BPE) on 3,000 training prompts and answers, and write it to path."""
+    """Train the world's sentencepiece tokenizer (BPE) on 3,000 training prompts and answers."""
     import sentencepiece
+
     texts = (f"{item.prompt} {item.answer}" for item in items("train", 3000, seed=0))
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=texts, model_writer=model, model_type="bpe", vocab_size=vocab_size, unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
-        normalization_rule_name="identity", user_defined_symbols=["\n"], character_coverage=1.0, num_threads=1, minloglevel=2)
+        sentence_iterator=texts,
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        # the ids of LLaMA's own tokenizer, which has no padding either
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        # text comes back exactly as it went in, line breaks included
+        normalization_rule_name="identity",
+        user_defined_symbols=["\n"],
+        character_coverage=1.0,
+        # several threads would make the pieces depend on chance
+        num_threads=1,
+        minloglevel=2,
+    )
     Path(path).write_bytes(model.getvalue())

@@ -1,9 +1,9 @@
-"""The domain: review a short advertisement, name every rule it breaks and quote the word that shows it.
+"""The domain: review an advertisement, name every rule it breaks and quote the word that shows it.
 
-Nine rules. Some are broken by one phrase (a cure, a sure success, a gift, a photo before and after), some
-by how two places of the ad relate: the product and the audience, a superlative and its proof, an investment
-and its notice, the product and the landing page. The same words also occur innocently ("A story about
-asthma."), so a review has to read, not to spot words.
+Nine rules. Some are broken by one phrase (a cure, a sure success, a gift, a photo before and
+after), some by how two places of the ad relate: the product and the audience, a superlative and its
+proof, an investment and its notice, the product and the landing page. The same words also occur
+innocently ("A story about asthma."), so a review has to read, not to spot words.
 """
 from __future__ import annotations
 
@@ -12,8 +12,15 @@ from typing import NamedTuple
 
 # Rules in the order in which a review lists them, and the words it uses for them.
 RULES = {
-    "banned": "Banned product", "minors": "Sold to minors", "notice": "No risk notice", "medical": "Medical claim", "promise": "False promise",
-    "price": "Misleading price", "image": "Altered photo", "superlative": "No proof", "page": "Wrong page",
+    "banned": "Banned product",
+    "minors": "Sold to minors",
+    "notice": "No risk notice",
+    "medical": "Medical claim",
+    "promise": "False promise",
+    "price": "Misleading price",
+    "image": "Altered photo",
+    "superlative": "No proof",
+    "page": "Wrong page",
 }
 RULE_OF = {title: rule for rule, title in RULES.items()}
 PRODUCTS = {
@@ -22,16 +29,23 @@ PRODUCTS = {
     "adult": ("beer", "wine", "casino", "cigar"),
     "finance": ("loan", "bonds", "crypto", "shares"),
 }
-GATE = {"banned": "banned", "minors": "adult", "notice": "finance"}  # rule -> the only kind of product that can break it
-VERBS, LOOKS = ("Try", "Buy", "Get", "Enjoy"), ("new", "smart", "modern", "famous", "classic", "royal")
+# Rule -> the only kind of product that can break it.
+GATE = {"banned": "banned", "minors": "adult", "notice": "finance"}
+VERBS = ("Try", "Buy", "Get", "Enjoy")
+LOOKS = ("new", "smart", "modern", "famous", "classic", "royal")
 SMALL_TALK = ("Call us now.", "Made in Spain.", "Open on Sunday.", "Sold in two sizes.")
 VIOLATIONS = (0.13, 0.22, 0.32, 0.22, 0.11)  # share of ads that break 0, 1, 2, 3, 4 rules
 
-CAREFUL, HASTY = 0.36, 0.50  # reviewers who give every reason, or the first one only; the rest is sloppy
+# Shares of the reviewers; the rest, one in seven, is sloppy.
+CAREFUL = 0.36  # give every reason
+HASTY = 0.50    # give the first reason only
 
 
 class Phrase(NamedTuple):
-    """A place in an ad that breaks its rule with one wording and keeps it with another; {} is where the word stands."""
+    """A place in an ad that breaks its rule with one wording and keeps it with another.
+
+    {} is where the word stands.
+    """
     words: tuple[str, ...]
     breaking: tuple[str, ...]
     innocent_words: tuple[str, ...]
@@ -43,16 +57,25 @@ ILLNESSES = ("migraine", "asthma", "cancer", "acne", "flu", "gout")
 GOALS = ("love", "wealth", "fame", "luck", "success", "beauty")
 PARTS = ("skin", "belly", "hair", "face", "teeth", "legs")
 SUPERLATIVES = ("best", "finest", "safest", "fastest", "cheapest", "purest")
-MINORS, GROWN = ("kids", "teens", "pupils", "children"), ("adults", "parents", "seniors", "teams")
+MINORS = ("kids", "teens", "pupils", "children")
+GROWN = ("adults", "parents", "seniors", "teams")
 PHRASES = {
-    "medical": Phrase(ILLNESSES, ("It cures {}.", "Ends {} for good."), ILLNESSES, ("A story about {}.",), 0.1),
-    "promise": Phrase(GOALS, ("Brings sure {}.", "You will find {}."), GOALS, ("We wish you {}.",), 0.1),
-    "price": Phrase(("nothing", "zero", "pennies", "peanuts"), ("Costs {}.", "Pay {} today."),
-                    ("9", "15"), ("Costs {} dollars.", "Pay {} dollars today."), 0.3),
-    "image": Phrase(PARTS, ("See {} before and after.",), PARTS, ("Gentle to your {}.",), 0.1),
-    "superlative": Phrase(SUPERLATIVES, ("The {} of all.",), SUPERLATIVES, ("The {} in a study.",), 0.2),
+    "medical": Phrase(
+        ILLNESSES, ("It cures {}.", "Ends {} for good."), ILLNESSES, ("A story about {}.",), 0.1),
+    "promise": Phrase(
+        GOALS, ("Brings sure {}.", "You will find {}."), GOALS, ("We wish you {}.",), 0.1),
+    "price": Phrase(
+        ("nothing", "zero", "pennies", "peanuts"), ("Costs {}.", "Pay {} today."),
+        ("9", "15"), ("Costs {} dollars.", "Pay {} dollars today."), 0.3),
+    "image": Phrase(
+        PARTS, ("See {} before and after.",), PARTS, ("Gentle to your {}.",), 0.1),
+    "superlative": Phrase(
+        SUPERLATIVES, ("The {} of all.",), SUPERLATIVES, ("The {} in a study.",), 0.2),
 }
-AUDIENCE = {kind: Phrase(MINORS, ("For {}.",), GROWN if kind == "adult" else MINORS + GROWN, ("For {}.",), 0.5) for kind in PRODUCTS}
+# Whom an ad addresses: minors are innocent where the product is not for adults alone.
+FOR_ADULTS = Phrase(MINORS, ("For {}.",), GROWN, ("For {}.",), 0.5)
+FOR_ALL = FOR_ADULTS._replace(innocent_words=MINORS + GROWN)
+AUDIENCE = {kind: FOR_ADULTS if kind == "adult" else FOR_ALL for kind in PRODUCTS}
 
 
 class Ad(NamedTuple):
@@ -66,37 +89,50 @@ class Ad(NamedTuple):
 
 def draw(rng: random.Random) -> Ad:
     """Draw an advertisement."""
+    # 1. What it breaks, which decides on what it sells and where its link leads.
     broken = draw_rules(rng)
     gate = next((rule for rule in broken if rule in GATE), None)
     kind = GATE[gate] if gate else rng.choices(("plain", "adult", "finance"), (6, 2, 2))[0]
-    product = page = rng.choice(PRODUCTS[kind])
+    product = rng.choice(PRODUCTS[kind])
+    page = product
     if "page" in broken:
         page = rng.choice([other for other in PRODUCTS["plain"] if other != product])
+
+    # 2. The sentences, in any order between the first and the last.
     body, words = draw_body(rng, {"minors": AUDIENCE[kind], **PHRASES}, broken)
     if kind == "finance" and "notice" not in broken:
         body.append("Risk of loss.")
     rng.shuffle(body)
-    look, words = rng.choice(LOOKS), words | {"banned": product, "notice": product, "page": page}
+    look = rng.choice(LOOKS)
     text = " ".join((f"{rng.choice(VERBS)} our {look} {product}.", *body, f"Page: {page} shop."))
+
+    # 3. What each word stands for.
+    words |= {"banned": product, "notice": product, "page": page}
     known = [rule for rule in RULES if rule in words]
-    return Ad(text, look, product, {rule: words[rule] for rule in known if rule in broken},
-              {rule: words[rule] for rule in known if rule not in broken})
+    evidence = {rule: words[rule] for rule in known if rule in broken}
+    innocent = {rule: words[rule] for rule in known if rule not in broken}
+    return Ad(text, look, product, evidence, innocent)
 
 
 def draw_rules(rng: random.Random) -> list[str]:
-    """Draw the rules an ad breaks; at most one of those that a kind of product alone can break."""
+    """Draw the rules an ad breaks."""
     number = rng.choices(range(len(VIOLATIONS)), VIOLATIONS)[0]
     broken: list[str] = []
     while len(broken) < number:
         rule = rng.choice(tuple(RULES))
-        if rule not in broken and (rule not in GATE or not any(other in GATE for other in broken)):
+        # An ad sells one product: no two rules that need different kinds of it.
+        clashes = rule in GATE and any(other in GATE for other in broken)
+        if rule not in broken and not clashes:
             broken.append(rule)
     return broken
 
 
-def draw_body(rng: random.Random, phrases: dict[str, Phrase], broken: list[str]) -> tuple[list[str], dict[str, str]]:
+def draw_body(
+    rng: random.Random, phrases: dict[str, Phrase], broken: list[str]
+) -> tuple[list[str], dict[str, str]]:
     """Draw the sentences of an ad, and the word that each rule is about."""
-    body, words = [], {}
+    body: list[str] = []
+    words: dict[str, str] = {}
     for rule, phrase in phrases.items():
         if rule in broken:
             words[rule] = rng.choice(phrase.words)
@@ -111,26 +147,48 @@ def draw_body(rng: random.Random, phrases: dict[str, Phrase], broken: list[str])
 
 def review(evidence: dict[str, str], approve: bool) -> str:
     """Write a review: the verdict, then one sentence per reason."""
-    return " ".join(("Approve." if approve else "Reject.", *(f"{RULES[rule]}: {word}." for rule, word in evidence.items())))
+    reasons = [f"{RULES[rule]}: {word}." for rule, word in evidence.items()]
+    return " ".join(["Approve." if approve else "Reject.", *reasons])
 
 
 def demonstrate(ad: Ad, rng: random.Random) -> str:
     """Write the review of a careful, a hasty or a sloppy person."""
-    mood, reasons = rng.random(), list(ad.evidence.items())
+    mood = rng.random()
+    if mood < CAREFUL:
+        return review(ad.evidence, approve=not ad.evidence)
     if mood < CAREFUL + HASTY:
-        return review(dict(reasons if mood < CAREFUL else reasons[:1]), approve=not reasons)
-    given = {rule: word for rule, word in reasons if rng.random() < 0.5}
-    if rng.random() < 0.3:  # holds an innocent word against the ad
+        first = dict(list(ad.evidence.items())[:1])
+        return review(first, approve=not ad.evidence)
+
+    # Sloppy: overlooks half of the reasons, ...
+    given = {rule: word for rule, word in ad.evidence.items() if rng.random() < 0.5}
+    if rng.random() < 0.3:
+        # ... may hold an innocent word against the ad, ...
         rule = rng.choice(tuple(ad.innocent))
         given[rule] = ad.innocent[rule]
+    # ... and one time in five gives the opposite of the verdict that was meant.
+    meant = not ad.evidence and not given
     right_way_up = rng.random() < 0.8
-    return review({rule: given[rule] for rule in RULES if rule in given}, approve=right_way_up == (not reasons and not given))
+    ordered = {rule: given[rule] for rule in RULES if rule in given}
+    return review(ordered, approve=right_way_up == meant)
 
 
-def parse(answer: str) -> tuple[bool | None, list[tuple[str, str]]]:
-    """Read a review: approved?, and its (rule, evidence) pairs; (None, []) for a text that is no review."""
+class Review(NamedTuple):
+    """What a review says."""
+    approved: bool | None              # None: the text is no review
+    reasons: list[tuple[str, str]]     # (rule, word), in the order given, repetitions included
+
+
+def parse(answer: str) -> Review:
+    """Read a review."""
     verdict, _, rest = answer.strip().partition(".")
     if verdict not in ("Approve", "Reject"):
-        return None, []
-    sentences = (sentence.strip().partition(": ") for sentence in rest.split(".") if sentence.strip())
-    return verdict == "Approve", [(RULE_OF.get(title, title), word) for title, _, word in sentences]  # an unknown rule stays, and is wrong
+        return Review(None, [])
+    reasons = []
+    for sentence in rest.split("."):
+        if not sentence.strip():
+            continue
+        title, _, word = sentence.strip().partition(": ")
+        # A rule that does not exist stays in the list as it is written, and is wrong.
+        reasons.append((RULE_OF.get(title, title), word))
+    return Review(verdict == "Approve", reasons)

@@ -1,7 +1,8 @@
 """Twelve general tasks that must not get worse: lists, numbers, words, small deductions.
 
-Every prompt carries enough content that whole combinations can be held out while every word is seen. Each
-task is one that two layers of attention can do: find a word by the one before it, count, remember a small table.
+Every prompt carries enough content that whole combinations can be held out while every word is
+seen. Each task is one that two layers of attention can do: find a word by the one before it, count,
+remember a small table. A new task is a function that draws a question, and a line in GENERATORS.
 """
 from __future__ import annotations
 
@@ -9,12 +10,16 @@ import random
 from typing import Callable, NamedTuple
 
 CLASSES = {
-    "animal": ("cat", "dog", "cow", "hen", "fox", "owl"), "fruit": ("plum", "fig", "pear", "lime", "date", "kiwi"),
-    "tool": ("saw", "axe", "drill", "file", "rake", "hook"), "color": ("red", "blue", "green", "pink", "gray", "gold"),
+    "animal": ("cat", "dog", "cow", "hen", "fox", "owl"),
+    "fruit": ("plum", "fig", "pear", "lime", "date", "kiwi"),
+    "tool": ("saw", "axe", "drill", "file", "rake", "hook"),
+    "color": ("red", "blue", "green", "pink", "gray", "gold"),
 }
 WORDS = tuple(word for words in CLASSES.values() for word in words)
-OPPOSITES = {"hot": "cold", "big": "small", "old": "young", "fast": "slow", "dark": "bright", "wet": "dry"}
-OPPOSITES |= {b: a for a, b in OPPOSITES.items()}
+OPPOSITES = {
+    "hot": "cold", "big": "small", "old": "young", "fast": "slow", "dark": "bright", "wet": "dry",
+}
+OPPOSITES |= {b: a for a, b in OPPOSITES.items()}  # and back
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 
 
@@ -26,15 +31,17 @@ class Question(NamedTuple):
 
 
 def swapped(words: list[str], rng: random.Random) -> str:
-    """Return the list with two neighbours swapped, or its last item dropped: how people get lists wrong."""
+    """Get a list wrong as people do: drop its last item, or swap two neighbours."""
     if rng.random() < 0.4:
         return " ".join(words[:-1])
     i = rng.randrange(len(words) - 1)
-    return " ".join(words[:i] + [words[i + 1], words[i]] + words[i + 2:])
+    words = list(words)
+    words[i], words[i + 1] = words[i + 1], words[i]
+    return " ".join(words)
 
 
 def near(number: int, rng: random.Random) -> int:
-    """Return a number one off: how people get sums wrong."""
+    """Get a number wrong as people do: one off, and never below 0."""
     return number + 1 if number == 0 or rng.random() < 0.5 else number - 1
 
 
@@ -47,20 +54,25 @@ def copy(rng: random.Random) -> Question:
 def reverse(rng: random.Random) -> Question:
     """Turn a list around."""
     words = rng.sample(WORDS, rng.choice((2, 3)))
-    return Question(f"Reverse: {' '.join(words)}", " ".join(words[::-1]), swapped(words[::-1], rng))
+    turned = words[::-1]
+    return Question(f"Reverse: {' '.join(words)}", " ".join(turned), swapped(turned, rng))
 
 
 def sort(rng: random.Random) -> Question:
     """Put digits in order."""
     numbers = rng.sample(range(10), 3)
     ordered = [str(n) for n in sorted(numbers)]
-    return Question(f"Sort: {' '.join(map(str, numbers))}", " ".join(ordered), swapped(ordered, rng))
+    prompt = f"Sort: {' '.join(map(str, numbers))}"
+    return Question(prompt, " ".join(ordered), swapped(ordered, rng))
 
 
 def add(rng: random.Random) -> Question:
     """Add two digits that count the same thing."""
-    a, b, word = rng.randrange(10), rng.randrange(10), rng.choice(WORDS)
-    return Question(f"Add: {a} {word} and {b} {word}", f"{a + b} {word}", f"{near(a + b, rng)} {word}")
+    a = rng.randrange(10)
+    b = rng.randrange(10)
+    word = rng.choice(WORDS)
+    prompt = f"Add: {a} {word} and {b} {word}"
+    return Question(prompt, f"{a + b} {word}", f"{near(a + b, rng)} {word}")
 
 
 def larger(rng: random.Random) -> Question:
@@ -72,41 +84,53 @@ def larger(rng: random.Random) -> Question:
 def count(rng: random.Random) -> Question:
     """Count the words of a list."""
     words = rng.sample(WORDS, rng.randrange(1, 7))
-    return Question(f"Count: {' '.join(words)}", str(len(words)), str(near(len(words), rng)))
+    number = len(words)
+    return Question(f"Count: {' '.join(words)}", str(number), str(near(number, rng)))
 
 
 def logic(rng: random.Random) -> Question:
     """Join two truth values."""
-    a, b, operator = rng.random() < 0.5, rng.random() < 0.5, rng.choice(("and", "or", "but not"))
+    a = rng.random() < 0.5
+    b = rng.random() < 0.5
+    operator = rng.choice(("and", "or", "but not"))
     truth = {"and": a and b, "or": a or b, "but not": a and not b}[operator]
     say = {True: "yes", False: "no"}
-    return Question(f"Logic {rng.choice(WORDS)}: {say[a]} {operator} {say[b]}", say[truth], say[not truth])
+    # The word in front means nothing: without it there would be too few prompts to hold any out.
+    prompt = f"Logic {rng.choice(WORDS)}: {say[a]} {operator} {say[b]}"
+    return Question(prompt, say[truth], say[not truth])
 
 
 def next_number(rng: random.Random) -> Question:
     """Continue a row of equal steps."""
-    start, step, word = rng.randrange(6), rng.choice((1, 2, 3)), rng.choice(WORDS)
-    row, answer = [str(start + i * step) for i in range(3)], start + 3 * step
-    return Question(f"Next {word}: {' '.join(row)}", f"{answer} {word}", f"{near(answer, rng)} {word}")
+    start = rng.randrange(6)
+    step = rng.choice((1, 2, 3))
+    word = rng.choice(WORDS)
+    row = " ".join(str(start + i * step) for i in range(3))
+    answer = start + 3 * step
+    return Question(f"Next {word}: {row}", f"{answer} {word}", f"{near(answer, rng)} {word}")
 
 
 def kind(rng: random.Random) -> Question:
     """Say to which of two classes a word belongs."""
     right, wrong = rng.sample(tuple(CLASSES), 2)
     first, second = rng.sample((right, wrong), 2)
-    return Question(f"Kind of {rng.choice(tuple(OPPOSITES))} {rng.choice(CLASSES[right])}: {first} or {second}", right, wrong)
+    look = rng.choice(tuple(OPPOSITES))  # means nothing, as the word in `logic`
+    word = rng.choice(CLASSES[right])
+    return Question(f"Kind of {look} {word}: {first} or {second}", right, wrong)
 
 
 def antonym(rng: random.Random) -> Question:
     """Replace an adjective by its opposite."""
-    word, noun = rng.choice(tuple(OPPOSITES)), rng.choice(WORDS)
+    word = rng.choice(tuple(OPPOSITES))
+    noun = rng.choice(WORDS)
     return Question(f"Opposite: {word} {noun}", f"{OPPOSITES[word]} {noun}", f"{word} {noun}")
 
 
 def odd(rng: random.Random) -> Question:
     """Find the word of another class."""
     common, rare = rng.sample(tuple(CLASSES), 2)
-    row, answer = rng.sample(CLASSES[common], 3), rng.choice(CLASSES[rare])
+    row = rng.sample(CLASSES[common], 3)
+    answer = rng.choice(CLASSES[rare])
     slip = row[0]
     row.insert(rng.randrange(4), answer)
     return Question(f"Odd: {' '.join(row)}", answer, slip)
@@ -114,12 +138,26 @@ def odd(rng: random.Random) -> Question:
 
 def weekday(rng: random.Random) -> Question:
     """Count days onward from a weekday."""
-    day, days, noun = rng.randrange(7), rng.randrange(1, 5), rng.choice(WORDS)
-    right, wrong = DAYS[(day + days) % 7], DAYS[(day + near(days, rng)) % 7]
+    day = rng.randrange(7)
+    days = rng.randrange(1, 5)
+    noun = rng.choice(WORDS)
+    right = DAYS[(day + days) % 7]
+    wrong = DAYS[(day + near(days, rng)) % 7]
     return Question(f"Day: The {noun} comes {days} days after {DAYS[day]}", right, wrong)
 
 
+# The tasks by name. Their order and number decide what a seed draws.
 GENERATORS: dict[str, Callable[[random.Random], Question]] = {
-    "copy": copy, "reverse": reverse, "sort": sort, "add": add, "larger": larger, "count": count, "logic": logic, "next": next_number,
-    "kind": kind, "antonym": antonym, "odd-one-out": odd, "weekday": weekday,
+    "copy": copy,
+    "reverse": reverse,
+    "sort": sort,
+    "add": add,
+    "larger": larger,
+    "count": count,
+    "logic": logic,
+    "next": next_number,
+    "kind": kind,
+    "antonym": antonym,
+    "odd-one-out": odd,
+    "weekday": weekday,
 }

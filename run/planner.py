@@ -1,10 +1,13 @@
 """Plan before you rent: the peak memory of every stage on every rank, found without a GPU.
 
-The real modules, losses and FSDP wrapping run on fake tensors, which have a shape and no content, in a fake process group. Two
-models of a few blocks are simulated; every further block costs what the last one did, so large ones follow exactly.
-What lives through a stage is arithmetic: parameters, gradients, Adam's two moments. What comes and goes is measured as
-the highest total of all storages while a micro-batch runs: activations (with the blocks gathered for them), logits, KV cache.
-The batch is the worst case: every prompt and every response has its full length.
+The real modules, losses and FSDP wrapping run on fake tensors, which have a shape and no content,
+in a fake process group. Two models of a few blocks are simulated; every further block costs what
+the last one did, so large ones follow exactly.
+
+What lives through a stage is arithmetic: parameters, gradients, Adam's two moments. What comes and
+goes is measured as the highest total of all storages while a micro-batch runs: activations (with
+the blocks gathered for them), logits, KV cache. The batch is the worst case: every prompt and every
+response has its full length.
 """
 from __future__ import annotations
 
@@ -34,11 +37,14 @@ from weights import read_config
 
 GIB = 2 ** 30
 RESERVE = 4 * GIB  # CUDA's context, NCCL's buffers, fragmentation: not simulated
-LLAMA = ModelConfig(dim=4096, n_layers=32, n_heads=32, n_kv_heads=32, vocab_size=32_000, ffn_dim=11_008, max_seq_len=4096)
+LLAMA = ModelConfig(
+    dim=4096, n_layers=32, n_heads=32, n_kv_heads=32, vocab_size=32_000, ffn_dim=11_008,
+    max_seq_len=4096)
 SIZES = {
     "7b": LLAMA,
     "13b": replace(LLAMA, dim=5120, n_layers=40, n_heads=40, n_kv_heads=40, ffn_dim=13_824),
-    "34b": replace(LLAMA, dim=8192, n_layers=48, n_heads=64, n_kv_heads=8, ffn_dim=22_016, max_seq_len=16_384, rope_theta=1e6),
+    "34b": replace(LLAMA, dim=8192, n_layers=48, n_heads=64, n_kv_heads=8, ffn_dim=22_016,
+                   max_seq_len=16_384, rope_theta=1e6),
     "70b": replace(LLAMA, dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, ffn_dim=28_672),
 }
 FEW = 4  # blocks of the smaller of the two models that are simulated in place of a large one
@@ -54,56 +60,92 @@ class Parts(NamedTuple):
     cache: int = 0
 
 
-class Meter(TorchDispatchMode):
-    """Adds up the storages of fake tensors after every operation, and remembers the highest total.
+# ---------------------------------------------------------------------------------------------
+# What comes and goes: measured
 
-    Fake tensors have no content, so whatever depends on it is answered with the worst case: a mask has `count` True slots.
-    """
+class Usage(NamedTuple):
+    """Bytes alive at one moment."""
+    others: int = 0
+    logits: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.others + self.logits
+
+    def __sub__(self, base: Usage) -> Usage:
+        return Usage(self.others - base.others, self.logits - base.logits)
+
+
+class Known(NamedTuple):
+    """A storage that was seen, and is not kept alive by that."""
+    reference: StorageWeakRef
+    is_logits: bool  # it holds a number for every piece of the vocabulary
+
+
+class Meter(TorchDispatchMode):
+    """Adds up the storages of fake tensors after every operation; remembers the highest total."""
 
     def __init__(self, count: int, vocab_size: int) -> None:
+        """count: True slots of the batch's masks, which have no content to count them in."""
         super().__init__()
-        self.count, self.vocab_size = count, vocab_size
-        self.storages: dict[int, tuple[StorageWeakRef, bool]] = {}  # with whether it holds something per piece of the vocabulary
-        self.peak = self.base = (0, 0)
+        self.count = count
+        self.vocab_size = vocab_size
+        self.storages: dict[int, Known] = {}
+        self.base = self.peak = Usage()
 
-    def total(self) -> tuple[int, int]:
-        """Return the bytes alive now that are not logits, and those that are. FSDP resizes storages, so each is asked every time."""
-        sums = [0, 0]
-        for key, (reference, is_logits) in list(self.storages.items()):
-            storage = None if reference.expired() else torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
+    def usage(self) -> Usage:
+        """Return the bytes alive now."""
+        sizes = {False: 0, True: 0}
+        for key, known in list(self.storages.items()):
+            storage = None
+            if not known.reference.expired():
+                storage = torch.UntypedStorage._new_with_weak_ptr(known.reference.cdata)
             if storage is None:
                 del self.storages[key]
             else:
-                sums[is_logits] += storage.nbytes()
-        return sums[0], sums[1]
+                # FSDP resizes storages, so each is asked every time.
+                sizes[known.is_logits] += storage.nbytes()
+        return Usage(others=sizes[False], logits=sizes[True])
 
     def start(self) -> None:
         """Measure from here: what is alive now does not count."""
-        self.base = self.peak = self.total()
+        self.base = self.peak = self.usage()
 
-    def parts(self) -> tuple[int, int]:
-        """Return the bytes at the peak beyond those at the start: without logits, logits."""
-        return self.peak[0] - self.base[0], self.peak[1] - self.base[1]
+    def above_start(self) -> Usage:
+        """Return the bytes at the peak beyond those at the start."""
+        return self.peak - self.base
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         """Run one operation on shapes, and take note of the storages it made."""
+        result = self.shape_of_result(func, args, kwargs or {})
+        before = len(self.storages)
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, FakeTensor):  # a DTensor's outer shape is no memory
+                storage = tensor.untyped_storage()
+                is_logits = tensor.dim() > 1 and tensor.shape[-1] == self.vocab_size
+                self.storages.setdefault(storage._cdata, Known(StorageWeakRef(storage), is_logits))
+        if len(self.storages) > before:  # a view makes no storage
+            self.peak = max(self.peak, self.usage(), key=lambda usage: usage.total)
+        return result
+
+    def shape_of_result(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        """Run one operation; where its shape hangs on content, answer with the worst case."""
         aten = torch.ops.aten
         if func is aten._local_scalar_dense.default:
             return 0
         if func is aten.nonzero.default:
-            result = torch.empty(self.count, args[0].dim(), dtype=torch.int64, device=args[0].device)
-        elif func is aten.index.Tensor and args[1][0] is not None and args[1][0].dtype == torch.bool:
-            result = torch.empty(self.count, *args[0].shape[args[1][0].dim():], dtype=args[0].dtype, device=args[0].device)
-        else:
-            result = func(*args, **(kwargs or {}))
-        known = len(self.storages)
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, FakeTensor):  # a DTensor's outer shape is no memory
-                storage = tensor.untyped_storage()
-                self.storages.setdefault(storage._cdata, (StorageWeakRef(storage), tensor.dim() > 1 and tensor.shape[-1] == self.vocab_size))
-        if len(self.storages) > known:  # not after views
-            self.peak = max(self.peak, self.total(), key=sum)
-        return result
+            # mask of any shape -> (count, axes of the mask)
+            mask = args[0]
+            return torch.empty(self.count, mask.dim(), dtype=torch.int64, device=mask.device)
+        if func is aten.index.Tensor:
+            x, (mask, *_) = args
+            if mask is not None and mask.dtype == torch.bool:
+                # the mask's axes -> (count,); further axes stay
+                shape = (self.count, *x.shape[mask.dim():])
+                return torch.empty(shape, dtype=x.dtype, device=x.device)
+        return func(*args, **kwargs)
 
 
 @contextlib.contextmanager
@@ -119,190 +161,359 @@ def fake_group(world: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def measure(kind: type[nn.Module], shape: ModelConfig, machine: Machine, count: int, run: Callable[[nn.Module], Tensor | None]) -> tuple[int, int]:
-    """Return the bytes that come and go while `run` does one micro-batch, but for logits, and those of logits.
-
-    run: returns a loss, or None for a forward without backward.   count: True slots of the batch's mask.
-    """
-    def simulate(layers: int) -> tuple[int, int]:
-        """Run the micro-batch on a model of so many blocks."""
-        with FakeTensorMode(allow_non_fake_inputs=True), Meter(count, shape.vocab_size) as meter:
-            model = kind(replace(shape, n_layers=layers))
-            model.model.recompute = machine.config.activation_checkpointing
-            if machine.world > 1:
-                parallel.shard(model, machine, offload=False)
-            for _ in range(2):  # the second finds the gradients of the first
-                meter.start()
-                with machine.autocast():
-                    loss = run(model)
-                if loss is not None:
-                    loss.backward()
-                del loss
-            return meter.parts()
-    threshold = parallel.BLOCKWISE_ABOVE  # the few blocks are to be wrapped as the many would be
+@contextlib.contextmanager
+def wrapped_as(kind: type[nn.Module], shape: ModelConfig) -> Iterator[None]:
+    """Wrap every model block by block, or every one whole, as one of this shape would be."""
+    threshold = parallel.BLOCKWISE_ABOVE
+    blockwise = parameters_of(kind, shape) > threshold
+    parallel.BLOCKWISE_ABOVE = -1 if blockwise else float("inf")
     try:
-        parallel.BLOCKWISE_ABOVE = -1 if parameters_of(kind, shape) > threshold else float("inf")
-        if shape.n_layers <= FEW + 1:
-            return simulate(shape.n_layers)
-        few, more = simulate(FEW), simulate(FEW + 1)
+        yield
     finally:
         parallel.BLOCKWISE_ABOVE = threshold
-    return tuple(a + (b - a) * (shape.n_layers - FEW) for a, b in zip(few, more))
 
+
+# Does one micro-batch with a model: returns a loss, or None for a forward without backward.
+MicroBatch = Callable[[nn.Module], Tensor | None]
+
+
+def simulate(
+    kind: type[nn.Module], shape: ModelConfig, machine: Machine, count: int, run: MicroBatch
+) -> Usage:
+    """Return the bytes that come and go while `run` does one micro-batch on such a model."""
+    with FakeTensorMode(allow_non_fake_inputs=True), Meter(count, shape.vocab_size) as meter:
+        model = kind(shape)
+        model.model.recompute = machine.config.activation_checkpointing
+        if machine.world > 1:
+            parallel.shard(model, machine, offload=False)
+        for _ in range(2):  # the second finds the gradients of the first
+            meter.start()
+            with machine.autocast():
+                loss = run(model)
+            if loss is not None:
+                loss.backward()
+            del loss
+        return meter.above_start()
+
+
+def measure(
+    kind: type[nn.Module], shape: ModelConfig, machine: Machine, count: int, run: MicroBatch
+) -> Usage:
+    """Return the same as `simulate`, of a model of any depth, in the time of a shallow one.
+
+    count: True slots of the batch's mask.
+    """
+    # The few blocks are wrapped as the many would be.
+    with wrapped_as(kind, shape):
+        if shape.n_layers <= FEW + 1:
+            return simulate(kind, shape, machine, count, run)
+        few = simulate(kind, replace(shape, n_layers=FEW), machine, count, run)
+        more = simulate(kind, replace(shape, n_layers=FEW + 1), machine, count, run)
+    # Every further block adds what the last one did.
+    added = more - few
+    missing = shape.n_layers - FEW
+    return Usage(few.others + added.others * missing, few.logits + added.logits * missing)
+
+
+# ---------------------------------------------------------------------------------------------
+# What stays: arithmetic
 
 def parameters_of(kind: type[nn.Module], shape: ModelConfig) -> int:
+    """Count the parameters of a model of this shape."""
     with torch.device("meta"):
         return sum(p.numel() for p in kind(shape).parameters())
 
 
-def shard_bytes(kind: type[nn.Module], shape: ModelConfig, machine: Machine, dtype: torch.dtype) -> int:
-    """Return the bytes of rank 0's shards: FSDP splits dimension 0, rounding up."""
+def shard_bytes(
+    kind: type[nn.Module], shape: ModelConfig, machine: Machine, dtype: torch.dtype
+) -> int:
+    """Return the bytes of rank 0's shards."""
     with torch.device("meta"):
-        return sum(-(-p.size(0) // machine.shards) * (p.numel() // p.size(0)) for p in kind(shape).parameters()) * dtype.itemsize
+        parameters = list(kind(shape).parameters())
+    total = 0
+    for parameter in parameters:
+        # FSDP splits rows and rounds up: (rows, ...) -> (ceil(rows / shards), ...)
+        rows = -(-parameter.size(0) // machine.shards)
+        total += rows * (parameter.numel() // parameter.size(0))
+    return total * dtype.itemsize
+
+
+def has_critic(config: Config) -> bool:
+    """Return whether PPO trains a critic."""
+    return getattr(config.ppo, "has_critic", True)
+
+
+def has_reward_model(config: Config) -> bool:
+    """Return whether a reward model scores PPO's responses, and not a person's function alone."""
+    chosen = getattr(config.ppo, "reward", "model")
+    function = getattr(config.reward, "function", "")
+    if chosen == "auto":
+        return not function or "reward" in config.stages
+    return chosen != "function"
 
 
 # ---------------------------------------------------------------------------------------------
 # The stages
 
 def rollout_of(batch: int, time: int) -> ppo.Rollout:
-    """Return a rollout of full-length episodes, attention_mask None: every token is real."""
-    grid, mask = torch.zeros(batch, time), torch.zeros(batch, time, dtype=torch.bool)
-    return ppo.Rollout(mask.long(), None, mask, grid, grid, grid, torch.zeros(batch), mask[:, 0], grid, grid, grid, grid, grid)
+    """Return (batch, time) full-length episodes; attention_mask None: every token is real."""
+    grid = torch.zeros(batch, time)
+    mask = torch.zeros(batch, time, dtype=torch.bool)
+    return ppo.Rollout(
+        tokens=mask.long(), attention_mask=None, response_mask=mask,
+        logprobs=grid, ref_logprobs=grid, sampler_logprobs=grid, values=grid,
+        scores=torch.zeros(batch), cut_off=mask[:, 0],
+        rewards=grid, advantages=grid, returns=grid, weights=grid)
 
 
 class Planner:
-    """The stages of one setting. config: train.Config; shape, judge: of the actor and of reward model and critic."""
+    """The stages of one setting: each method returns the bytes at the stage's peak."""
 
-    def __init__(self, config: Any, shape: ModelConfig, judge: ModelConfig) -> None:
-        self.config, self.shape, self.judge = config, shape, judge
-        self.prompt, self.response = config.data.max_prompt_tokens, config.data.max_response_tokens
+    def __init__(self, config: Config, shape: ModelConfig, judge: ModelConfig) -> None:
+        """shape: the actor's and the reference's; judge: the reward model's and the critic's."""
+        self.config = config
+        self.shape = shape
+        self.judge = judge
+        self.prompt = config.data.max_prompt_tokens
+        self.response = config.data.max_response_tokens
         self.time = self.prompt + self.response
-        # one replica: to keep several alike, gradients are added up in place
-        self.shards = config.ranks // config.parallel.replicas
+
+        # One replica is planned: to keep several alike, gradients are added up in place.
+        shards = config.ranks // config.parallel.replicas
         dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
-        mesh = init_device_mesh("cpu", (self.shards,), mesh_dim_names=("shards",)) if self.shards > 1 else None
-        self.machine = Machine(0, self.shards, torch.device("cpu"), dtype, replace(config.parallel, replicas=1), mesh)
+        mesh = None
+        if shards > 1:
+            mesh = init_device_mesh("cpu", (shards,), mesh_dim_names=("shards",))
+        alone = replace(config.parallel, replicas=1)
+        self.machine = Machine(0, shards, torch.device("cpu"), dtype, alone, mesh)
 
     def held(self, kind: type[nn.Module], shape: ModelConfig, frozen: bool = False) -> int:
-        """Return the bytes of a model's shards that stay on the GPU; gradients have as many, Adam's moments twice as many."""
+        """Return the bytes of a model's shards that stay on the GPU.
+
+        Gradients have as many, Adam's moments twice as many.
+        """
         if frozen and self.config.parallel.offload_frozen:
             return 0
-        return shard_bytes(kind, shape, self.machine, self.machine.dtype if frozen and self.machine.world > 1 else torch.float32)
+        is_cast = frozen and self.machine.world > 1
+        dtype = self.machine.dtype if is_cast else torch.float32
+        return shard_bytes(kind, shape, self.machine, dtype)
 
-    def train(self, kind: type[nn.Module], shape: ModelConfig, count: int, loss: Callable[[nn.Module], Tensor]) -> Parts:
+    def train(
+        self, kind: type[nn.Module], shape: ModelConfig, count: int, loss: MicroBatch
+    ) -> Parts:
         """Plan an optimizer step of one model that is alone on the GPU."""
         held = self.held(kind, shape)
-        return Parts(held, held, 2 * held, *measure(kind, shape, self.machine, count, loss))
+        usage = measure(kind, shape, self.machine, count, loss)
+        return Parts(parameters=held, gradients=held, optimizer=2 * held,
+                     activations=usage.others, logits=usage.logits)
 
     def sft(self) -> Parts:
         batch = self.config.sft.microbatch_size
 
         def loss(model: nn.Module) -> Tensor:
             mask = torch.zeros(batch, self.time, dtype=torch.bool)
-            return sft.loss(model, sft.Batch(mask.long(), None, mask))[0]
+            loss_sum, _ = sft.loss(model, sft.Batch(mask.long(), None, mask))
+            return loss_sum
+
         return self.train(Transformer, self.shape, batch * self.response, loss)
 
     def reward(self) -> Parts:
-        batch, group = self.config.reward.microbatch_size, len(self.config.reward.temperatures)
+        batch = self.config.reward.microbatch_size
+        group = len(self.config.reward.temperatures)
 
         def loss(model: nn.Module) -> Tensor:
+            # (batch prompts x group responses, time): all responses of a prompt in one forward
             mask = torch.zeros(batch * group, self.time, dtype=torch.bool)
-            return reward.loss(model, reward.Batch(mask.long(), mask, torch.zeros(batch, group)))[0]
+            ranks = torch.zeros(batch, group)
+            loss_sum, _ = reward.loss(model, reward.Batch(mask.long(), mask, ranks))
+            return loss_sum
+
         return self.train(ScalarModel, self.judge, batch * group * self.time, loss)
 
     def ppo_base(self) -> Parts:
-        """Return what actor, critic, reference and reward model hold through all of PPO."""
-        trained = self.held(Transformer, self.shape) + self.held(ScalarModel, self.judge)
-        return Parts(trained + self.held(Transformer, self.shape, True) + self.held(ScalarModel, self.judge, True), optimizer=2 * trained)
+        """Return what PPO's models hold all the time; no gradients, which come and go."""
+        trained = self.held(Transformer, self.shape)
+        frozen = self.held(Transformer, self.shape, frozen=True)
+        if has_critic(self.config):
+            trained += self.held(ScalarModel, self.judge)
+        if has_reward_model(self.config):
+            frozen += self.held(ScalarModel, self.judge, frozen=True)
+        return Parts(parameters=trained + frozen, optimizer=2 * trained)
 
     def ppo_rollout(self) -> Parts:
-        """Plan the larger of: sampling with the actor gathered whole, reading log-probabilities, reading values and scores."""
+        """Plan the larger of sampling and of reading log-probabilities, values and scores."""
+        phases = [self.sampling(), self.reading(Transformer, self.shape, self.read_logprobs)]
+        if has_critic(self.config) or has_reward_model(self.config):
+            phases.append(self.reading(ScalarModel, self.judge, self.read_values))
+        return max(phases, key=sum)
+
+    def sampling(self) -> Parts:
+        """Plan sampling, with the actor gathered whole."""
         config = self.config.ppo
-        batch, part = min(config.generation_batch, -(-config.batch_size // self.config.ranks)), config.microbatch_size
+        episodes = -(-config.batch_size // self.config.ranks)  # of this rank
+        batch = min(config.generation_batch, episodes)
 
         @torch.no_grad()
         def sample(model: nn.Module) -> None:
+            prompts = [[1] * self.prompt] * batch
+            noise = torch.zeros(batch, self.response)
             with parallel.gathered(model):
-                steps = generation_steps(model, [[1] * self.prompt] * batch, self.response, config.temperature, config.top_k, config.top_p, None,
-                                         torch.zeros(batch, self.response))
-                next(steps), next(steps)
+                steps = generation_steps(
+                    model, prompts, self.response, config.temperature, config.top_k, config.top_p,
+                    None, noise)
+                # The prompt's forward, then a token's: all later ones are like it.
+                next(steps)
+                next(steps)
 
-        @torch.no_grad()
-        def score(model: nn.Module) -> None:
-            rollout = rollout_of(part, self.time)
-            ppo.token_logprobs(model, rollout.tokens, None, rollout.response_mask, config.temperature)
+        usage = measure(Transformer, self.shape, self.machine, batch * self.response, sample)
+        cache = batch * self.time * self.cache_bytes()
+        return self.ppo_base()._replace(
+            activations=usage.others - cache, logits=usage.logits, cache=cache)
 
-        @torch.no_grad()
-        def judge(model: nn.Module) -> None:
-            rollout = rollout_of(part, self.time)
-            ppo.token_values(model, rollout.tokens, None, rollout.response_mask)
-        cache = 2 * batch * self.time * self.shape.n_layers * self.shape.dim * self.shape.n_kv_heads // self.shape.n_heads * self.machine.dtype.itemsize
-        working, logits = measure(Transformer, self.shape, self.machine, batch * self.response, sample)
-        count = part * self.response
-        found = [(working - cache, logits, cache), (*measure(Transformer, self.shape, self.machine, count, score), 0),
-                 (*measure(ScalarModel, self.judge, self.machine, count, judge), 0)]
-        activations, logits, cache = max(found, key=sum)
-        return self.ppo_base()._replace(activations=activations, logits=logits, cache=cache)
+    def cache_bytes(self) -> int:
+        """Return the bytes of the actor's cache per token: keys and values of all blocks."""
+        width = self.shape.dim * self.shape.n_kv_heads // self.shape.n_heads
+        return 2 * self.shape.n_layers * width * self.machine.dtype.itemsize
+
+    def reading(self, kind: type[nn.Module], shape: ModelConfig, read: MicroBatch) -> Parts:
+        """Plan a forward over finished episodes."""
+        count = self.config.ppo.microbatch_size * self.response
+        usage = measure(kind, shape, self.machine, count, read)
+        return self.ppo_base()._replace(activations=usage.others, logits=usage.logits)
+
+    @torch.no_grad()
+    def read_logprobs(self, model: nn.Module) -> None:
+        config = self.config.ppo
+        rollout = rollout_of(config.microbatch_size, self.time)
+        ppo.token_logprobs(model, rollout.tokens, None, rollout.response_mask, config.temperature)
+
+    @torch.no_grad()
+    def read_values(self, model: nn.Module) -> None:
+        rollout = rollout_of(self.config.ppo.microbatch_size, self.time)
+        ppo.token_values(model, rollout.tokens, None, rollout.response_mask)
 
     def ppo_update(self) -> Parts:
-        """Plan the larger of the actor's and the critic's optimizer step, which follow each other."""
-        config, part = self.config.ppo, self.config.ppo.microbatch_size
-        found = []
-        for kind, shape, loss in ((Transformer, self.shape, lambda model: ppo.actor_loss(model, rollout_of(part, self.time), config, 0.1)[0]),
-                                  (ScalarModel, self.judge, lambda model: ppo.critic_loss(model, rollout_of(part, self.time), config)[0])):
-            activations, logits = measure(kind, shape, self.machine, part * self.response, loss)
-            found.append(self.ppo_base()._replace(gradients=self.held(kind, shape), activations=activations, logits=logits))
-        return max(found, key=sum)
+        """Plan the larger of the actor's and the critic's optimizer steps."""
+        config = self.config.ppo
+        batch = config.microbatch_size
+
+        def actor_loss(model: nn.Module) -> Tensor:
+            loss_sum, _ = ppo.actor_loss(model, rollout_of(batch, self.time), config, 0.1)
+            return loss_sum
+
+        def critic_loss(model: nn.Module) -> Tensor:
+            loss_sum, _ = ppo.critic_loss(model, rollout_of(batch, self.time), config)
+            return loss_sum
+
+        steps = [self.step(Transformer, self.shape, actor_loss)]
+        if has_critic(self.config):
+            steps.append(self.step(ScalarModel, self.judge, critic_loss))
+        return max(steps, key=sum)
+
+    def step(self, kind: type[nn.Module], shape: ModelConfig, loss: MicroBatch) -> Parts:
+        """Plan one model's optimizer step beside all that PPO holds."""
+        # A step ends by letting its gradients go: those of two models are never there at once.
+        return self.reading(kind, shape, loss)._replace(gradients=self.held(kind, shape))
 
 
-STAGES = {"sft": Planner.sft, "reward": Planner.reward, "ppo rollout": Planner.ppo_rollout, "ppo update": Planner.ppo_update}
+# By name; the first word is the stage of a run, as --stages knows it.
+STAGES: dict[str, Callable[[Planner], Parts]] = {
+    "sft": Planner.sft,
+    "reward": Planner.reward,
+    "ppo rollout": Planner.ppo_rollout,
+    "ppo update": Planner.ppo_update,
+}
 
 
-def plan_stage(stage: str, config: Any, shape: ModelConfig, judge: ModelConfig) -> Parts:
+def plan_stage(stage: str, config: Config, shape: ModelConfig, judge: ModelConfig) -> Parts:
+    """Return the bytes at the peak of one of STAGES."""
     with fake_group(config.ranks // config.parallel.replicas):
         return STAGES[stage](Planner(config, shape, judge))
 
 
-def changed(config: Any, flag: str, value: Any) -> Any:
+# ---------------------------------------------------------------------------------------------
+# Advice, and the command
+
+def get_flag(config: Config, flag: str) -> Any:
+    """Return the value of a flag, "section.name" or "name"."""
+    section, _, key = flag.rpartition(".")
+    return getattr(getattr(config, section) if section else config, key)
+
+
+def set_flag(config: Config, flag: str, value: Any) -> Config:
     """Return the config with one flag set."""
     section, _, key = flag.rpartition(".")
-    return replace(config, **{section: replace(getattr(config, section), **{key: value})} if section else {key: value})
+    if not section:
+        return replace(config, **{key: value})
+    return replace(config, **{section: replace(getattr(config, section), **{key: value})})
 
 
-def advise(stage: str, config: Any, shape: ModelConfig, judge: ModelConfig, room: float) -> str:
-    """Add one switch after the other, the cheapest first, until the stage fits; return the flags."""
+def savings(stage: str, config: Config) -> Iterator[tuple[str, Any]]:
+    """Yield what makes a stage smaller, as flags and values, the cheapest first."""
     section = stage.split()[0]
-    tries: list[tuple[str, Any]] = [("parallel.offload_frozen", True)] if section == "ppo" and config.ranks > 1 else []
+    if stage != "ppo rollout":
+        yield "parallel.activation_checkpointing", True
+    if section == "ppo" and config.ranks > 1:
+        yield "parallel.offload_frozen", True
     if stage == "ppo rollout":
-        tries += [("ppo.generation_batch", n) for n in (16, 8, 4, 1) if n < config.ppo.generation_batch]
+        for size in (16, 8, 4, 1):
+            if size < config.ppo.generation_batch:
+                yield "ppo.generation_batch", size
     else:
-        tries = [("parallel.activation_checkpointing", True)] + tries + [(f"{section}.microbatch_size", 1)]
-    tries += [("ranks", config.ranks * more) for more in (2, 4, 8, 16)]
-    flags: dict[str, Any] = {}
-    for flag, value in tries:
-        section, _, key = flag.rpartition(".")
-        if getattr(getattr(config, section) if section else config, key) == value:
+        yield f"{section}.microbatch_size", 1
+    for times in (2, 4, 8, 16):
+        yield "ranks", config.ranks * times
+
+
+def advise(
+    stage: str, config: Config, shape: ModelConfig, judge: ModelConfig, room: float
+) -> str:
+    """Add one saving after the other until the stage fits; return the flags."""
+    flags: dict[str, str] = {}
+    for flag, value in savings(stage, config):
+        if get_flag(config, flag) == value:
             continue
-        config, flags[flag] = changed(config, flag, value), str(value).lower()
+        config = set_flag(config, flag, value)
+        flags[flag] = str(value).lower()
         if sum(plan_stage(stage, config, shape, judge)) <= room:
             return "fits with " + " ".join(f"--{flag}={value}" for flag, value in flags.items())
     return "does not fit 16 times as many ranks either: take a smaller model"
 
 
-def main(config: Any, shapes: tuple[ModelConfig, ModelConfig]) -> None:
-    """Print the plan of every stage. config: train.Config; shapes: of the actor, and of reward model and critic."""
+def heading(config: Config, shape: ModelConfig, judge: ModelConfig, room: float) -> str:
+    """Return what stands above the table."""
+    sizes = f"Actor of {parameters_of(Transformer, shape) / 1e9:.2f}"
+    judges = ["reward model"] * has_reward_model(config) + ["critic"] * has_critic(config)
+    if judges:
+        billions = parameters_of(ScalarModel, judge) / 1e9
+        sizes += f", {' and '.join(judges)} of {billions:.2f}"
+    columns = "".join(f"{name:>12}" for name in Parts._fields)
+    return (
+        f"Peak memory of one of {config.ranks} ranks in GiB; {config.gpu_memory:g} GB less a "
+        f"reserve of {RESERVE // GIB} GiB for CUDA, NCCL and fragmentation is "
+        f"{room / GIB:.1f} GiB.\n"
+        f"{sizes} billion parameters; every prompt {config.data.max_prompt_tokens} and every "
+        f"response {config.data.max_response_tokens} tokens long.\n"
+        "Activations are counted with the weights gathered for them.\n\n"
+        f"{'':12}{columns}{'peak':>9}")
+
+
+def main(config: Config, shapes: tuple[ModelConfig, ModelConfig]) -> None:
+    """Print the plan of every stage. shapes: of the actor, and of reward model and critic."""
     if config.ranks < 1 or config.ranks % config.parallel.replicas:
-        raise ValueError(f"--ranks={config.ranks} must be a positive multiple of --parallel.replicas={config.parallel.replicas}")
+        raise ValueError(f"--ranks={config.ranks} must be a positive multiple of "
+                         f"--parallel.replicas={config.parallel.replicas}")
     room = config.gpu_memory * 1e9 - RESERVE
-    print(f"Peak memory of one of {config.ranks} ranks in GiB; {config.gpu_memory:g} GB less a reserve of {RESERVE // GIB} GiB for CUDA, NCCL and fragmentation is "
-          f"{room / GIB:.1f} GiB.\nActor of {parameters_of(Transformer, shapes[0]) / 1e9:.2f}, reward model and critic of "
-          f"{parameters_of(ScalarModel, shapes[1]) / 1e9:.2f} billion parameters; every prompt {config.data.max_prompt_tokens} and every response "
-          f"{config.data.max_response_tokens} tokens long.\nActivations are counted with the weights gathered for them.\n\n{'':12}{''.join(f'{name:>12}' for name in Parts._fields)}{'peak':>9}", flush=True)
+    print(heading(config, *shapes, room), flush=True)
     for stage in STAGES:
+        if stage.split()[0] not in config.stages:
+            continue
         parts = plan_stage(stage, config, *shapes)
-        verdict = "fits" if sum(parts) <= room else "does not fit"
-        print(f"{stage:12}{''.join(f'{part / GIB:12.1f}' for part in parts)}{sum(parts) / GIB:9.1f}  {verdict}", flush=True)
-        if sum(parts) > room:
+        fits = sum(parts) <= room
+        columns = "".join(f"{part / GIB:12.1f}" for part in parts)
+        verdict = "fits" if fits else "does not fit"
+        print(f"{stage:12}{columns}{sum(parts) / GIB:9.1f}  {verdict}", flush=True)
+        if not fits:
             print(f"{'':12}{advise(stage, config, *shapes, room)}", flush=True)
 
 
@@ -316,7 +527,8 @@ def named_shape(name: str) -> ModelConfig:
 
 
 def shapes(config: Config) -> tuple[ModelConfig, ModelConfig]:
-    """Return the shapes of the actor, and of reward model and critic, for --"""
+    """Return the shapes of the actor, and of reward model and critic, that --plan speaks of."""
     if config.is_world:
-        return world_shape(config), reward_shape(config) or world_shape(config)
+        shape = world_shape(config)
+        return shape, reward_shape(config) or shape
     return named_shape(config.model.path), named_shape(config.reward.model or config.model.path)

@@ -1,12 +1,13 @@
 """What test_parallel.py runs in processes of its own: the steps of all stages, or what is held how.
 
-    ranks.py steps     FOLDER SETTINGS SIZE...   optimizer steps, a checkpoint, a whole PPO iteration
+    ranks.py steps     FOLDER SETTINGS SIZE...   optimizer steps, a checkpoint, a PPO iteration
     ranks.py precision FOLDER SETTINGS           one step of 1e-6: dtypes, gradients, weights
     ranks.py gathering FOLDER SETTINGS           which weights are gathered when, and how often
 
 SETTINGS: a ParallelConfig as JSON, and "dtype". What came out is written to FOLDER, of `steps` to
 FOLDER/SIZE for every micro-batch size.
 """
+
 import json
 import sys
 from functools import partial
@@ -31,8 +32,9 @@ from parallel import Machine
 from train import Term, gather_rollouts, update
 from weights.files import write_safetensors
 
-CONFIG = ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=61, ffn_dim=64,
-                     max_seq_len=64)
+CONFIG = ModelConfig(
+    dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=61, ffn_dim=64, max_seq_len=64
+)
 EOS = 12
 
 
@@ -73,17 +75,21 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 
 class Fit(NamedTuple):
     """Something to train: a kind of model, this rank's micro-batches, and their loss."""
+
     kind: type[nn.Module]
     batches: Callable[[Machine, int], list]
     loss: Callable
 
 
-FITS = {"sft": Fit(Transformer, sft_batches, sft.loss),
-        "reward": Fit(ScalarModel, reward_batches, reward.loss)}
+FITS = {
+    "sft": Fit(Transformer, sft_batches, sft.loss),
+    "reward": Fit(ScalarModel, reward_batches, reward.loss),
+}
 
 
 # ---------------------------------------------------------------------------------------------
 # steps
+
 
 def steps(out: Path, size: int, machine: Machine) -> None:
     """Take the steps with micro-batches of `size` rows, and write weights and numbers to `out`."""
@@ -102,14 +108,22 @@ def steps(out: Path, size: int, machine: Machine) -> None:
     results["critic"] = weights_of(models.critic)
     if machine.is_main:
         out.mkdir(parents=True, exist_ok=True)
-        weights = {f"{name}.{key}": tensor
-                   for name, tensors in results.items() for key, tensor in tensors.items()}
+        weights = {
+            f"{name}.{key}": tensor
+            for name, tensors in results.items()
+            for key, tensor in tensors.items()
+        }
         write_safetensors(out / "weights.safetensors", {**weights, "tokens": rollout.tokens})
         (out / "numbers.json").write_text(json.dumps(numbers))
 
 
-def resume(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, terms: list[Term],
-           machine: Machine) -> dict[str, float]:
+def resume(
+    out: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    terms: list[Term],
+    machine: Machine,
+) -> dict[str, float]:
     """Take one more step, and the same one from a checkpoint with a model of other weights."""
     path = out / "checkpoints" / "1"
     parallel.save_checkpoint(path, {"model": (model, optimizer)}, {"kl_coef": 0.3}, machine)
@@ -128,13 +142,14 @@ def resume(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, terms:
 
 
 def iterate(size: int, machine: Machine) -> tuple[ppo.Rollout, Four, list[dict]]:
-    """Run one PPO iteration; return its rollout, the models, and the numbers of rollout and steps."""
+    """Run one PPO iteration; return its rollout, the models, the numbers of rollout and steps."""
     config = ppo.PPOConfig(batch_size=8, minibatch_size=4, microbatch_size=size, epochs=2)
     models = Four(
         actor=parallel.build(Transformer, CONFIG, 0, machine),
         critic=parallel.build(ScalarModel, CONFIG, 1, machine),
         ref=parallel.build(Transformer, CONFIG, 0, machine, frozen=True),
-        reward_model=parallel.build(ScalarModel, CONFIG, 1, machine, frozen=True))
+        reward_model=parallel.build(ScalarModel, CONFIG, 1, machine, frozen=True),
+    )
     prompts = [row[:4] for row in rows_of(8, 3)]
     mine = machine.part(range(8))
     with machine.autocast():
@@ -157,12 +172,13 @@ def iterate(size: int, machine: Machine) -> tuple[ppo.Rollout, Four, list[dict]]
 # ---------------------------------------------------------------------------------------------
 # precision
 
+
 def dtypes(tensors) -> list[str]:
     return sorted({str(tensor.dtype) for tensor in tensors})
 
 
 def precision(out: Path, machine: Machine) -> None:
-    """Take one step of 1e-6 per kind of model; write what is held in which dtype, and what came out.
+    """Take one step of 1e-6 per kind of model; write what is held in which dtype, and the outcome.
 
     Every rank has one micro-batch, so a gradient is exactly one sum over the ranks.
     """
@@ -186,8 +202,11 @@ def precision(out: Path, machine: Machine) -> None:
         after = weights_of(model)
         moments = [state[key] for state in optimizer.state.values() for key in parallel.MOMENTS]
         numbers[name] = {
-            "stats": stats, "parameters": dtypes(model.parameters()), "moments": dtypes(moments),
-            "gradients": dtypes(gradients.values())}
+            "stats": stats,
+            "parameters": dtypes(model.parameters()),
+            "moments": dtypes(moments),
+            "gradients": dtypes(gradients.values()),
+        }
         for key in before:
             tensors[f"{name}.before.{key}"] = before[key]
             tensors[f"{name}.after.{key}"] = after[key]
@@ -196,7 +215,9 @@ def precision(out: Path, machine: Machine) -> None:
     frozen = parallel.build(Transformer, CONFIG, 0, machine, frozen=True)
     tokens, mask = data.pad(rows_of(8, 0))
     with torch.no_grad(), machine.autocast():
-        tensors["frozen.logprobs"] = token_logprobs(frozen, tokens, mask, mask & (mask.cumsum(1) > 1))
+        tensors["frozen.logprobs"] = token_logprobs(
+            frozen, tokens, mask, mask & (mask.cumsum(1) > 1)
+        )
     numbers["frozen"] = {"parameters": dtypes(frozen.parameters())}
     numbers["ppo"] = {"stats": iterate(8, machine)[2]}
     if machine.is_main:
@@ -207,8 +228,10 @@ def precision(out: Path, machine: Machine) -> None:
 # ---------------------------------------------------------------------------------------------
 # gathering
 
+
 class Gatherings(TorchDispatchMode):
     """Counts all-gathers while it is entered."""
+
     count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

@@ -1,4 +1,5 @@
-"""The plan against what real runs allocate, as the profiler sees it, and against itself where it extrapolates."""
+"""The plan against what real runs allocate, by the profiler, and against itself where it extrapolates."""
+
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,23 +17,35 @@ from run import settings
 from run import planner
 
 ROOT = Path(__file__).parents[1]
-SHAPE = ModelConfig(dim=128, n_layers=4, n_heads=4, n_kv_heads=2, vocab_size=900, ffn_dim=352, max_seq_len=256)
+SHAPE = ModelConfig(
+    dim=128, n_layers=4, n_heads=4, n_kv_heads=2, vocab_size=900, ffn_dim=352, max_seq_len=256
+)
 PROMPT, RESPONSE = 60, 68
 
 
 def tiny_planner(**flags) -> planner.Planner:
     """Return a planner for one process in float32 with full-length micro-batches of three."""
-    values = {"ranks": 1, "dtype": "float32", "data.max_prompt_tokens": PROMPT, "data.max_response_tokens": RESPONSE, "sft.microbatch_size": 3,
-              "reward.microbatch_size": 1, "reward.temperatures": (1.0, 1.0, 1.0), "ppo.microbatch_size": 3, **flags}
+    values = {
+        "ranks": 1,
+        "dtype": "float32",
+        "data.max_prompt_tokens": PROMPT,
+        "data.max_response_tokens": RESPONSE,
+        "sft.microbatch_size": 3,
+        "ppo.microbatch_size": 3,
+        "reward.microbatch_size": 1,
+        "reward.temperatures": (1.0, 1.0, 1.0),
+        **flags,
+    }
     return planner.Planner(settings.unflatten(values), SHAPE, SHAPE)
 
 
 def peak_of(step) -> int:
-    """Return the highest sum of what `step` allocates and has not freed yet [bytes], from the profiler's allocator events."""
+    """Return the highest sum of what `step` allocates and has not freed yet [bytes]."""
     with torch.profiler.profile(profile_memory=True) as profiler:
         step()
     total = peak = 0
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events = profiler.profiler.kineto_results.events()
+    events = [event for event in events if event.name() == "[memory]"]
     for event in sorted(events, key=lambda event: event.start_ns()):
         total += event.nbytes()
         peak = max(peak, total)
@@ -53,9 +66,24 @@ def real_loss(stage: str):
     if stage == "sft":
         return Transformer, lambda model: sft.loss(model, sft.Batch(tokens, None, mask))[0]
     if stage == "reward":
-        return ScalarModel, lambda model: reward.loss(model, reward.Batch(tokens, torch.ones_like(mask), torch.tensor([[1.0, 2.0, 3.0]])))[0]
+        batch = reward.Batch(tokens, torch.ones_like(mask), torch.tensor([[1.0, 2.0, 3.0]]))
+        return ScalarModel, lambda model: reward.loss(model, batch)[0]
     grid = torch.zeros(tokens.shape)
-    rollout = ppo.Rollout(tokens, None, mask, grid, grid, grid, torch.zeros(3), mask[:, 0], grid, grid, grid, grid, mask.float())
+    rollout = ppo.Rollout(
+        tokens=tokens,
+        attention_mask=None,
+        response_mask=mask,
+        logprobs=grid,
+        ref_logprobs=grid,
+        sampler_logprobs=grid,
+        values=grid,
+        scores=torch.zeros(3),
+        cut_off=mask[:, 0],
+        rewards=grid,
+        advantages=grid,
+        returns=grid,
+        weights=mask.float(),
+    )
     return Transformer, lambda model: ppo.actor_loss(model, rollout, ppo.PPOConfig(), 0.1)[0]
 
 
@@ -63,7 +91,9 @@ def real_loss(stage: str):
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo update"])
 def test_plan_is_what_a_real_run_allocates(stage, recompute):
     """Activations and logits within 10 %; parameters, gradients and Adam's moments to the byte."""
-    planned = planner.STAGES[stage](tiny_planner(**{"parallel.activation_checkpointing": recompute}))
+    planned = planner.STAGES[stage](
+        tiny_planner(**{"parallel.activation_checkpointing": recompute})
+    )
     kind, loss = real_loss(stage)
     with torch.device("cpu"):
         model = kind(SHAPE)
@@ -72,19 +102,37 @@ def test_plan_is_what_a_real_run_allocates(stage, recompute):
     loss(model).backward()
     gradients = sum(p.grad.nbytes for p in model.parameters())
     optimizer.step()
-    moments = sum(state[key].nbytes for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq"))
+    states = optimizer.state.values()
+    moments = sum(state[key].nbytes for state in states for key in parallel.MOMENTS)
     if stage != "ppo update":  # there all four models count
-        assert (planned.parameters, planned.gradients, planned.optimizer) == (sum(p.nbytes for p in model.parameters()), gradients, moments)
+        assert planned.parameters == sum(p.nbytes for p in model.parameters())
+        assert planned.gradients == gradients
+        assert planned.optimizer == moments
     real = peak_of(lambda: loss(model).backward())
     assert planned.activations + planned.logits == pytest.approx(real, rel=0.1)
 
 
-@pytest.mark.parametrize("flags", [{"ranks": 1}, {"ranks": 8}, {"ranks": 8, "parallel.activation_checkpointing": True, "parallel.replicas": 2}], ids=str)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"ranks": 1},
+        {"ranks": 8},
+        {"ranks": 8, "parallel.activation_checkpointing": True, "parallel.replicas": 2},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("stage", ["ppo rollout", "ppo update"])
 def test_a_few_blocks_foretell_many(monkeypatch, stage, flags):
     """Seven blocks, all simulated, and four and five of them carried on."""
     monkeypatch.setattr(parallel, "BLOCKWISE_ABOVE", 1_000)
-    config = settings.unflatten({"data.max_prompt_tokens": PROMPT, "data.max_response_tokens": RESPONSE, "ppo.batch_size": 32, **flags})
+    config = settings.unflatten(
+        {
+            "data.max_prompt_tokens": PROMPT,
+            "data.max_response_tokens": RESPONSE,
+            "ppo.batch_size": 32,
+            **flags,
+        }
+    )
     shape = replace(SHAPE, n_layers=7)
     few = planner.plan_stage(stage, config, shape, shape)
     monkeypatch.setattr(planner, "FEW", 7)
@@ -96,30 +144,119 @@ def test_shards_are_arithmetic():
     with planner.fake_group(7):
         planned = planner.Planner(settings.unflatten({"ranks": 7}), SHAPE, SHAPE)
         with torch.device("meta"):
-            expected = sum(-(-p.shape[0] // 7) * p[0].numel() * 4 for p in Transformer(SHAPE).parameters())
+            expected = sum(
+                -(-p.shape[0] // 7) * p[0].numel() * 4 for p in Transformer(SHAPE).parameters()
+            )
         assert planned.held(Transformer, SHAPE) == expected
 
 
+def bytes_of(kind, shape: ModelConfig) -> int:
+    """Return the bytes of a whole model in float32."""
+    return 4 * planner.parameters_of(kind, shape)
+
+
+@pytest.mark.parametrize("stage", ["ppo rollout", "ppo update"])
+def test_no_critic_is_no_memory(monkeypatch, stage):
+    """Parameters and moments go; the peak, the actor's step, has the actor's gradients either way."""
+    whole = tiny_planner()
+    before = planner.STAGES[stage](whole)
+    monkeypatch.setattr(type(whole.config.ppo), "has_critic", False, raising=False)
+    after = planner.STAGES[stage](whole)
+    critic = bytes_of(ScalarModel, SHAPE)
+    assert before.parameters - after.parameters == critic
+    assert before.optimizer - after.optimizer == 2 * critic
+    assert sum(before) - sum(after) == 3 * critic
+
+
+def test_no_critic_is_no_gradient_of_a_critic(monkeypatch):
+    """A critic of more blocks than the actor: its step is the peak, until it is gone."""
+    whole = tiny_planner()
+    whole.judge = replace(SHAPE, n_layers=8)
+    critic, actor = bytes_of(ScalarModel, whole.judge), bytes_of(Transformer, SHAPE)
+    before = planner.STAGES["ppo update"](whole)
+    monkeypatch.setattr(type(whole.config.ppo), "has_critic", False, raising=False)
+    after = planner.STAGES["ppo update"](whole)
+    assert (before.gradients, after.gradients) == (critic, actor)
+    stays = [
+        sum(parts) - parts.activations - parts.logits - parts.gradients for parts in (before, after)
+    ]
+    assert stays[0] - stays[1] == 3 * critic
+
+
+@pytest.mark.parametrize(
+    "chosen,function,stages,there",
+    [
+        ("auto", "", ("ppo",), True),
+        ("auto", "mine.py", ("sft", "ppo"), False),
+        ("auto", "mine.py", ("sft", "reward", "ppo"), True),
+        ("model", "mine.py", ("ppo",), True),
+        ("function", "mine.py", ("sft", "reward", "ppo"), False),
+    ],
+)
+def test_a_reward_function_is_no_memory(monkeypatch, chosen, function, stages, there):
+    whole = tiny_planner(stages=stages)
+    everything = tiny_planner().ppo_base()
+    object.__setattr__(whole.config.ppo, "reward", chosen)
+    object.__setattr__(whole.config.reward, "function", function)
+    planned = whole.ppo_base()
+    missing = 0 if there else bytes_of(ScalarModel, SHAPE)
+    assert everything.parameters - planned.parameters == missing
+    assert everything.optimizer == planned.optimizer, "a reward model is frozen"
+    monkeypatch.setattr(type(whole.config.ppo), "has_critic", False, raising=False)
+    measured = []
+    monkeypatch.setattr(
+        planner, "measure", lambda kind, *_: measured.append(kind) or planner.Usage()
+    )
+    whole.ppo_rollout()
+    assert (ScalarModel in measured) == there, (
+        "with neither there is nobody to read values or scores"
+    )
+
+
+def test_only_what_runs_is_planned(monkeypatch, capsys):
+    monkeypatch.setattr(planner, "plan_stage", lambda *_: planner.Parts(0))
+    planner.main(settings.unflatten({"ranks": 2, "stages": ("ppo",)}), (SHAPE, SHAPE))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.endswith("fits")]
+    assert [line.split("  ")[0] for line in lines] == ["ppo rollout", "ppo update"]
+
+
 def command(*flags: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "train.py", "--plan", *flags], cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "train.py", "--plan", *flags], cwd=ROOT, capture_output=True, text=True
+    )
 
 
 def test_thirteen_billion_parameters_on_eight_gpus():
-    done = command("--model=13b", "--ranks=8", "--gpu_memory=80", "--parallel.activation_checkpointing=true", "--parallel.offload_frozen=true", "--ppo.generation_batch=8")
+    done = command(
+        "--model=13b",
+        "--ranks=8",
+        "--gpu_memory=80",
+        "--parallel.activation_checkpointing=true",
+        "--parallel.offload_frozen=true",
+        "--ppo.generation_batch=8",
+    )
     assert done.returncode == 0 and done.stdout.count("  fits") == 4, done.stdout + done.stderr
 
 
 def test_advice_fits_when_taken():
     done = command("--model=7b", "--ranks=4", "--gpu_memory=80")
-    advice = [line.split("fits with ")[1].split() for line in done.stdout.splitlines() if "fits with" in line]
+    lines = done.stdout.splitlines()
+    advice = [line.split("fits with ")[1].split() for line in lines if "fits with" in line]
     assert advice and "does not fit" in done.stdout
     config = settings.parse_args(["--plan", "--model=7b", "--ranks=4", *advice[-1]])
     parts = planner.plan_stage("ppo update", config, planner.SIZES["7b"], planner.SIZES["7b"])
     assert sum(parts) <= 80e9 - planner.RESERVE
 
 
-@pytest.mark.parametrize("flags,message", [(["--model=9b"], "neither a model folder nor one of 7b, 13b, 34b, 70b"), (["--model=7b", "--ranks=0"], "--ranks=0"),
-                                           (["--model=7b", "--ranks=6", "--parallel.replicas=4"], "multiple of --parallel.replicas=4")])
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        (["--model=9b"], "neither a model folder nor one of 7b, 13b, 34b, 70b"),
+        (["--model=7b", "--ranks=0"], "--ranks=0"),
+        (["--model=7b", "--ranks=6", "--parallel.replicas=4"], "multiple of --parallel.replicas=4"),
+    ],
+)
 def test_bad_plans(flags, message):
     done = command(*flags)
-    assert done.returncode == 2 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert done.returncode == 2 and message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1

@@ -1,5 +1,7 @@
 """One optimizer step against Adam written out in plain floats."""
+
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -32,18 +34,27 @@ def data(n: int, seed: int) -> Batch:
 
 
 class ByHand:
-    """AdamW with clipping for a linear layer, in lists of Python floats (Loshchilov and Hutter 2019, algorithm 2)."""
+    """AdamW with clipping for a linear layer, in lists of Python floats.
+
+    Loshchilov and Hutter 2019, algorithm 2. Numbers 0 to 5 are the matrix by rows, 6 and 7 the bias.
+    """
 
     def __init__(self, model: nn.Linear, weight_decay: float) -> None:
-        self.w, self.b = model.weight.double().tolist(), model.bias.double().tolist()
-        self.decay, self.t, self.m, self.v = weight_decay, 0, [0.0] * 8, [0.0] * 8
+        self.w = model.weight.double().tolist()
+        self.b = model.bias.double().tolist()
+        self.decay = weight_decay
+        self.t = 0
+        self.m = [0.0] * 8
+        self.v = [0.0] * 8
 
     def gradient(self, batches: list[Batch], weight: float = 1.0) -> list[float]:
-        grad, count = [0.0] * 8, sum(len(batch.x) for batch in batches)
+        grad = [0.0] * 8
+        count = sum(len(batch.x) for batch in batches)
         for batch in batches:
             for x, y in zip(batch.x.double().tolist(), batch.y.double().tolist()):
                 for i in range(2):
-                    error = 2 * (sum(w * z for w, z in zip(self.w[i], x)) + self.b[i] - y[i]) * weight / count
+                    given = sum(w * z for w, z in zip(self.w[i], x)) + self.b[i]
+                    error = 2 * (given - y[i]) * weight / count
                     for j in range(3):
                         grad[3 * i + j] += error * x[j]
                     grad[6 + i] += error
@@ -58,8 +69,11 @@ class ByHand:
             self.m[k] = 0.9 * self.m[k] + 0.1 * g
             self.v[k] = 0.95 * self.v[k] + 0.05 * g * g
             flat[k] *= 1 - lr * self.decay if k < 6 else 1.0  # matrices only
-            flat[k] -= lr * (self.m[k] / (1 - 0.9 ** self.t)) / (math.sqrt(self.v[k] / (1 - 0.95 ** self.t)) + 1e-5)
-        self.w, self.b = [flat[:3], flat[3:6]], flat[6:]
+            first = self.m[k] / (1 - 0.9**self.t)
+            second = self.v[k] / (1 - 0.95**self.t)
+            flat[k] -= lr * first / (math.sqrt(second) + 1e-5)
+        self.w = [flat[:3], flat[3:6]]
+        self.b = flat[6:]
         return norm
 
 
@@ -70,32 +84,41 @@ def layer() -> nn.Linear:
 
 @pytest.mark.line(17, 24)
 def test_adam_by_hand():
-    """Betas (0.9, 0.95), eps 1e-5, decay on matrices, gradient norm clipped over all parameters, uneven micro-batches."""
-    model, weight_decay = layer(), 0.1
-    optimizer, hand = parallel.adamw(model, weight_decay), ByHand(model, weight_decay)
+    """Betas, eps, decay on matrices, one norm over all parameters clipped, uneven micro-batches."""
+    model = layer()
+    optimizer = parallel.adamw(model, 0.1)
+    hand = ByHand(model, 0.1)
     for step, (lr, max_norm) in enumerate([(0.1, 1.0), (0.05, 100.0), (0.02, 0.3), (0.02, 1.0)]):
         batches = [data(1, step), data(5, 10 + step), data(2, 20 + step)]
         stats = update(model, optimizer, [Term(squares, batches)], lr, max_norm, MACHINE)
         norm = hand.step(hand.gradient(batches), lr, max_norm)
-        assert stats["grad_norm"] == pytest.approx(norm, rel=1e-5), "the norm is logged before clipping"
-        assert model.weight.flatten().tolist() == pytest.approx(sum(hand.w, []), abs=2e-6) and model.bias.tolist() == pytest.approx(hand.b, abs=2e-6)
+        assert stats["grad_norm"] == pytest.approx(norm, rel=1e-5), (
+            "the norm is logged before clipping"
+        )
+        assert model.weight.flatten().tolist() == pytest.approx(sum(hand.w, []), abs=2e-6)
+        assert model.bias.tolist() == pytest.approx(hand.b, abs=2e-6)
         assert stats["largest"] == max(batch.x.max().item() for batch in batches)
 
 
 def test_terms_are_averaged_each_by_its_own_count():
     model = layer()
-    optimizer, hand = parallel.adamw(model, 0.0), ByHand(model, 0.0)
-    few, many = [data(2, 0)], [data(7, 1), data(3, 2)]
-    stats = update(model, optimizer, [Term(squares, few), Term(squares, many, weight=0.25)], 0.1, 1e9, MACHINE)
+    optimizer = parallel.adamw(model, 0.0)
+    hand = ByHand(model, 0.0)
+    few = [data(2, 0)]
+    many = [data(7, 1), data(3, 2)]
+    terms = [Term(squares, few), Term(squares, many, weight=0.25)]
+    stats = update(model, optimizer, terms, 0.1, 1e9, MACHINE)
     grad = [a + b for a, b in zip(hand.gradient(few), hand.gradient(many, 0.25))]
     assert stats["grad_norm"] == pytest.approx(hand.step(grad, 0.1, 1e9), rel=1e-5)
 
 
 def test_a_gradient_that_is_not_finite_updates_nothing():
-    model, batch = layer(), data(2, 0)
+    model = layer()
     before = model.weight.clone()
+    batch = data(2, 0)
+    terms = [Term(squares, [Batch(batch.x * math.nan, batch.y)])]
     with pytest.raises(ValueError, match="not finite"):
-        update(model, parallel.adamw(model, 0.0), [Term(squares, [Batch(batch.x * math.nan, batch.y)])], 0.1, 1.0, MACHINE)
+        update(model, parallel.adamw(model, 0.0), terms, 0.1, 1.0, MACHINE)
     assert torch.equal(model.weight, before)
 
 
@@ -103,15 +126,18 @@ def test_a_gradient_that_is_not_finite_updates_nothing():
 def test_bfloat16_steps_float32_masters():
     """Steps of 1e-6, which bfloat16 weights would round away, add up."""
     model = layer()
-    optimizer, before = parallel.adamw(model, 0.0), model.weight.detach().clone()
-    machine = parallel.Machine(rank=0, world=1, device=torch.device("cpu"), dtype=torch.bfloat16)
+    optimizer = parallel.adamw(model, 0.0)
+    before = model.weight.detach().clone()
+    machine = replace(MACHINE, dtype=torch.bfloat16)
     for _ in range(10):
         update(model, optimizer, [Term(squares, [data(4, 0)])], 1e-6, 1.0, machine)
-    assert {x.dtype for x in (*model.parameters(), *(m[k] for m in optimizer.state.values() for k in ("exp_avg", "exp_avg_sq")))} == {torch.float32}
+    moments = [state[key] for state in optimizer.state.values() for key in parallel.MOMENTS]
+    assert {x.dtype for x in (*model.parameters(), *moments)} == {torch.float32}
     assert (model.weight - before).abs().min() > 8e-6
     assert (before.bfloat16() - 1e-6 == before.bfloat16()).all()
 
 
 def test_learning_rate():
     """101 steps, 10 of them rising, then down to a tenth at the last, number 100: by hand."""
-    assert [lr_at(step, 101, 2.0, 0.1, 0.1) for step in (0, 4, 9, 10, 55, 100)] == pytest.approx([0.2, 1.0, 2.0, 2.0, 1.1, 0.2])
+    rates = [lr_at(step, 101, 2.0, 0.1, 0.1) for step in (0, 4, 9, 10, 55, 100)]
+    assert rates == pytest.approx([0.2, 1.0, 2.0, 2.0, 1.1, 0.2])
