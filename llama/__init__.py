@@ -1,0 +1,1 @@
+"""The architecture: shape, packing, rotary positions, attention with cache, one layer."""
