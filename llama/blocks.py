@@ -35,7 +35,7 @@ class ModelConfig:
         for name in (field.name for field in fields(self) if field.type in ("int", "float")):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not value > 0:
-                raise ValueError(f"{name}={value!r} must be a positive number")
+                raise ValueError(f"{name}={value!r} must be positive and a number")
         if self.dim % (2 * self.n_heads):  # rotary angles turn pairs within a head
             raise ValueError(f"dim={self.dim} must be a multiple of 2 * n_heads={2 * self.n_heads}")
         if self.n_heads % self.n_kv_heads:  # each kv head serves equally many query heads
