@@ -28,7 +28,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from model import Block, ModelConfig, random_weights
+from model import Block, ModelConfig
+from weights.initial import random_weights
 from weights import Weights, check_weights, materialize, read_safetensors, write_safetensors
 
 # Up to this many parameters the whole model is one sharded unit: gathering block by block would

@@ -5,12 +5,25 @@ from __future__ import annotations
 import sys
 from typing import Any, Callable, Iterable, Iterator, Mapping
 
+import torch
+
 import data
 from data import Tokenizer
 from evaluation.judging import scores
 from evaluation.speaking import Speaker, answer_of, load
 from formats import Message, Messages
-from model import ScalarModel, stream
+from model import ScalarModel, Transformer, check_lengths, generation_steps, row_uniforms
+
+
+@torch.no_grad()
+def stream(model: Transformer, prompt: list[int], max_new_tokens: int, temperature: float = 1.0,
+           eos_id: int | None = None, seed: int = 0, row: int = 0) -> Iterator[int]:
+    """Yield one by one the tokens that `generate` returns for this prompt and row."""
+    check_lengths([prompt], max_new_tokens, model.config.max_seq_len)
+    noise = row_uniforms(seed, [row], max_new_tokens)
+    for step in generation_steps(model, [prompt], max_new_tokens, temperature, 0, 1.0, eos_id,
+                                 noise):
+        yield step.tokens.item()
 
 
 def pieces(tokenizer: Tokenizer, tokens: Iterable[int], said: list[int]) -> Iterator[str]:

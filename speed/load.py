@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 
 import parallel
-from model import ModelConfig, Transformer, random_weights
+from model import ModelConfig, Transformer
+from weights.initial import random_weights
 from weights import read_config, read_weights, save_pretrained
 
 GB = 1e9

@@ -20,7 +20,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from data import Tokenizer
-from model import ModelConfig, Transformer, init_weights
+from model import ModelConfig, Transformer
+from weights.initial import init_weights
 from parallel import Machine
 from benchmarks import questions
 from benchmarks.engine import Engine

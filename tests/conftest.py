@@ -7,7 +7,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from model import ModelConfig, ScalarModel, Transformer, init_weights
+from model import ModelConfig, ScalarModel, Transformer
+from weights.initial import init_weights
 
 torch.set_num_threads(1)
 

@@ -70,15 +70,15 @@ MUTANTS = [
     Mutant("response mask from ids != pad", "ppo", "response_mask[b, start:end] = True", "response_mask[b, start:end] = tokens[b, start:end] != 0"),
     Mutant("attention mask from ids != pad", "ppo", "attention_mask[b, :end] = True", "attention_mask[b, :end] = tokens[b, :end] != 0"),
     Mutant("EOS left out of the response", "ppo", "response_mask[b, start:end] = True", "response_mask[b, start:max(start + 1, end - 1)] = True"),
-    Mutant("logits not shifted", "model", "return mask.roll(-1, dims=1)", "return mask"),
+    Mutant("logits not shifted", "model", "where = response_mask.roll(-1, dims=1)", "where = response_mask"),
     Mutant("values of the state after the token", "model", "critic(tokens, attention_mask).roll(1, dims=1)", "critic(tokens, attention_mask)"),
     Mutant("score read in the last column, padding or not", "model", "return scalars.gather(1, last)[:, 0]", "return scalars[:, -1]"),
-    Mutant("positions count padding", "model", "positions = (attention_mask.cumsum(1) - 1).flatten()[valid]", "positions = valid % time"),
+    Mutant("positions count padding", "model", "positions = (attention_mask.cumsum(1) - 1).flatten()[places]", "positions = places % time"),
     # temperature, precision
     Mutant("temperature ignored outside sampling", "model", "F.log_softmax(logits.float() / temperature, dim=-1)", "F.log_softmax(logits.float(), dim=-1)"),
     Mutant("reference at temperature 1", "ppo", "token_logprobs(ref, *episode, response_mask[part], config.temperature)", "token_logprobs(ref, *episode, response_mask[part])"),
     Mutant("log-softmax in bfloat16", "model", "F.log_softmax(logits.float() / temperature, dim=-1)", "F.log_softmax(logits / temperature, dim=-1)"),
-    Mutant("norm in bfloat16", "model", "F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)", "x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)"),
+    Mutant("norm in bfloat16", "llama/blocks", "F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)", "x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)"),
     # cutting up the batch
     Mutant("mean of micro-batch means", "train", "machine.world / count.clamp(min=1))", "machine.world / batch.count.clamp(min=1) / len(term.batches))"),
     Mutant("gradients as many times too large as there are micro-batches", "train", "machine.world / count.clamp(min=1))", "machine.world * len(term.batches) / count.clamp(min=1))"),
@@ -101,9 +101,9 @@ MUTANTS = [
     Mutant("critic starts in raw reward units", "train", "parallel.local_part(critic.score.weight).div_(scale[1])", "pass"),
     Mutant("SFT trains on prompts", "sft", "token_logprobs(model, batch.tokens, batch.attention_mask, batch.response_mask)", "token_logprobs(model, batch.tokens, batch.attention_mask)"),
     # model
-    Mutant("keys rotated by the wrong sign", "model", "torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)", "torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)"),
-    Mutant("cache position off by one", "model", "<= positions[:, None])[:, None, None]", "< positions[:, None])[:, None, None]"),
-    Mutant("noise by place in the batch, not by row", "model", "choose(logits, noise[alive, step]", "choose(logits, noise[:len(alive), step]"),
+    Mutant("keys rotated by the wrong sign", "llama/blocks", "torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)", "torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)"),
+    Mutant("cache position off by one", "llama/blocks", "<= grid.positions[:, None]", "< grid.positions[:, None]"),
+    Mutant("noise by place in the batch, not by row", "model", "choose(logits, noise[rows, n]", "choose(logits, noise[:len(rows), n]"),
     # resuming
     Mutant("kl_coef not restored", "train", 'state.get("kl_coef", config.kl_coef)', "config.kl_coef"),
     Mutant("reward moments not restored", "train", '*state.get("moments", ())', ""),

@@ -23,7 +23,8 @@ from benchmarks.asking import answer_questions, by_part, evaluate, measure
 from benchmarks.questions import Question, Request, encode_question, read_questions, texts_to_score
 from benchmarks.reading import read_items
 from data import Tokenizer
-from model import ModelConfig, Transformer, generate, init_weights
+from model import ModelConfig, Transformer, generate
+from weights.initial import init_weights
 from weights.export import save_pretrained
 from parallel import Machine
 from benchmarks.tasks import GENERIC, GROUPS, TASKS, Task, generic

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import parallel
 import ppo
-from model import ModelConfig, ScalarModel, Transformer, init_weights, token_logprobs
+from model import ModelConfig, ScalarModel, Transformer, token_logprobs
+from weights.initial import init_weights
 from episodes import Four, collect
 from ppo import PPOConfig
 from train import Term, lr_at, update

@@ -14,7 +14,8 @@ from benchmarks.engine import Engine
 from benchmarks.questions import encode_question, read_questions
 from benchmarks.numbers import evaluate
 from data import Tokenizer
-from model import ModelConfig, Transformer, init_weights
+from model import ModelConfig, Transformer
+from weights.initial import init_weights
 from weights.loading import load_pretrained
 from weights.export import save_pretrained
 from parallel import Machine

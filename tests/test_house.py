@@ -10,14 +10,14 @@ import eval as evaluation
 from run import settings
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("weights", "formats", "run", "evaluation", "benchmarks", "microcosm", "speed")
+ROOMS = ("llama", "weights", "formats", "run", "evaluation", "benchmarks", "microcosm", "speed")
 FILES = {path.stem: path for path in ROOT.glob("*.py")}
 FILES |= {f"{room}.{path.stem}": path for room in ROOMS for path in (ROOT / room).glob("*.py")}
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 # Imports point one way, from the top floor down; a room's name stands for all files in it.
 FLOORS = (("train",), ("run",), ("speed",), ("eval",), ("benchmarks",), ("evaluation",), ("parallel",), ("ppo", "reward", "sft"), ("data",),
-          ("weights",), ("model", "formats", "microcosm"))
+          ("weights",), ("model", "formats", "microcosm"), ("llama",))
 FLOOR = {name: number for number, floor in enumerate(FLOORS) for name in floor}
 REQUIRED = {"torch", "numpy", "sentencepiece", "tqdm", "pytest"}
 OPTIONAL = {("evaluation.plots", "matplotlib"), ("speed.multiple_choice", "lm_eval"), ("speed.multiple_choice", "transformers")}  # imported only where it is used, and asked for by name

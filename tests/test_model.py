@@ -2,12 +2,17 @@
 import math
 from dataclasses import replace
 
+import numpy
 import pytest
 import torch
 
-from model import RMSNorm, Transformer, choose, filter_logits, generate, init_weights, last_scores, rope_table, rotate, token_logprobs, token_logprobs_and_entropy, token_values
+from model import (
+    RMSNorm, ScalarModel, Transformer, choose, derive, filter_logits, generate, generation_steps, last_scores, prefill, rope_table, rotate, row_uniforms, token_logprobs, token_logprobs_and_entropy, token_values)
+from weights.initial import init_weights, random_weight, random_weights
+from evaluation.chat import stream
 
 PROMPTS = [[1, 5, 9], [1], [1, 7, 7, 7, 30, 2, 8]]
+COLLIDES = (64_445, 141_894)  # rows of seed 0 whose derived seeds agree in their lowest 32 bits
 
 
 def ragged(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -166,6 +171,26 @@ def test_values_belong_to_the_state_before_the_token(critic):
             assert values[b, t].item() == pytest.approx(expected, abs=1e-5)
 
 
+def test_offset_moves_real_tokens_only(config, critic):
+    tokens, mask = ragged()
+    before = critic(tokens, mask)
+    critic.offset = -2.5
+    moved = critic(tokens, mask)
+    torch.testing.assert_close(moved[mask], before[mask] - 2.5, atol=1e-6, rtol=0)
+    assert (moved[~mask] == 0).all()
+    torch.testing.assert_close(critic(tokens), fresh(critic)(tokens) - 2.5)
+    values = token_values(critic, tokens, mask, mask & (mask.cumsum(1) > 3))
+    assert (values[~mask] == 0).all()
+    assert "offset" not in critic.state_dict() and ScalarModel(config).offset == 0.0
+
+
+def fresh(model: ScalarModel) -> ScalarModel:
+    """The same weights, as a file would bring them."""
+    copy = ScalarModel(model.config)
+    copy.load_state_dict(model.state_dict())
+    return copy
+
+
 @pytest.mark.line(4)
 def test_score_is_read_at_the_last_real_token(critic):
     tokens, mask = ragged()
@@ -211,6 +236,57 @@ def test_generation_ends_with_eos_included(actor):
     assert all(len(row) == 30 for row in generate(actor, PROMPTS, 30, seed=1, eos_id=None).tokens)
 
 
+def test_generation_has_read_the_whole_prompt(actor):
+    """Two prompts that differ in nothing but their last token, alone and in a ragged batch."""
+    prompts = [[1, 5, 9], [1, 5, 10], [7], [1, 7, 7, 7, 30, 2, 8]]
+    logits, _ = prefill(actor, prompts, [len(prompt) for prompt in prompts], 20)
+    out = generate(actor, prompts, 3, seed=2)
+    for i, prompt in enumerate(prompts):
+        whole = actor(torch.tensor([prompt]))[0, -1]
+        torch.testing.assert_close(logits[i], whole, atol=1e-5, rtol=0)
+        expected = whole.log_softmax(-1)[out.tokens[i][0]].item()
+        assert out.logprobs[i][0] == pytest.approx(expected, abs=1e-5)
+    assert (logits[0] - logits[1]).abs().max() > 0.1
+
+
+def test_a_row_that_has_ended_says_nothing_more(actor):
+    """Not even while it waits in the batch to be dropped."""
+    prompts = [[1, 5, 9], [1], [1, 7, 7, 7, 30, 2, 8]] * 20
+    noise = row_uniforms(0, range(60), 40)
+    steps = list(generation_steps(actor, prompts, 40, 1.0, 0, 1.0, 5, noise))
+    said: list[list[int]] = [[] for _ in prompts]
+    for step in steps:
+        for row, token in zip(step.rows.tolist(), step.tokens.tolist()):
+            said[row].append(token)
+    assert all(5 not in row[:-1] for row in said)
+    assert all(row[-1] == 5 or len(row) == 40 for row in said)
+    sizes = [len(step.rows) for step in steps]
+    assert any(0.85 * a < b < a for a, b in zip(sizes, sizes[1:])), "no row waited"
+    assert said == generate(actor, prompts, 40, eos_id=5).tokens
+    for i, prompt in enumerate(prompts[:9]):
+        assert said[i] == list(stream(actor, prompt, 40, eos_id=5, row=i))
+    assert min(map(len, said)) < max(map(len, said))
+
+
+def test_stop_ends_a_row_once(actor):
+    """It is asked after each token, with all of a row's new ones, until it says so."""
+    asked: list[tuple[int, ...]] = []
+
+    def stop(ids: list[int]) -> bool:
+        asked.append(tuple(ids))
+        return ids[-1] % 7 == 0
+    free = generate(actor, PROMPTS * 10, 25).tokens
+    out = generate(actor, PROMPTS * 10, 25, stop=stop).tokens
+    for row, whole in zip(out, free):
+        ends = [n + 1 for n, token in enumerate(whole) if token % 7 == 0]
+        assert row == whole[:ends[0] if ends else 25]
+    assert not any(token % 7 == 0 for ids in asked for token in ids[:-1])
+    # of a row that gets all its tokens, nobody has to be asked after the last one
+    assert len(asked) == sum(min(len(row), 24) for row in out)
+    both = generate(actor, PROMPTS * 10, 25, stop=stop, eos_id=5).tokens
+    assert both == [row[:row.index(5) + 1] if 5 in row else row for row in out]
+
+
 def test_sampling_frequencies(actor):
     logits = torch.tensor([[0.0, 1.0, 2.0, -torch.inf]]).repeat(20_000, 1)
     uniforms = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
@@ -230,6 +306,88 @@ def test_filters_keep_the_right_tokens():
     assert (filter_logits(logits, 1, 0.01) > -torch.inf).sum().item() == 1
 
 
+def test_top_p_is_a_share_of_what_top_k_leaves():
+    """Of 0.4 and 0.3 the first is more than half; of everything it is less."""
+    logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
+    assert (filter_logits(logits, 2, 0.5) > -torch.inf).tolist() == [[True, False, False, False]]
+    assert (filter_logits(logits, 0, 0.5) > -torch.inf).tolist() == [[True, True, False, False]]
+    tokens, _ = choose(logits.repeat(100, 1), torch.linspace(0, 0.99, 100), 1.0, 2, 0.5)
+    assert (tokens == 0).all()
+
+
+# ---------------------------------------------------------------------------------------------
+# Noise
+
+def test_derived_seeds_do_not_collide():
+    keys = [(0, "a"), (0, "a", 0), (0, "a", "0"), (0, "ab"), (0, "a", "b"), (1, "a"), (0, 1), (0, "1"),
+            (0, 1_000_003), (1, 0), (0,), (-1, 1)]
+    seeds = [derive(*key) for key in keys]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2 ** 63 for seed in seeds)
+    assert derive(0, 3) == derive(numpy.int64(0), numpy.int32(3)) == derive(0, torch.tensor(3))
+    assert derive(7, "head") == 1013837393615394227, "results of old runs can be had again"
+    with pytest.raises(TypeError):
+        derive(0, 1.0)
+
+
+@pytest.mark.parametrize("one,other", [
+    ((0, 1_000_003), (1, 0)), ((2, 5), (0, 2_000_011)), ((3, 1_000_003), (4, 0)), ((0, 1), (1, 0)),
+    ((0, COLLIDES[0]), (0, COLLIDES[1]))])
+def test_every_row_has_its_own_noise(one, other):
+    """By seed * 1000003 + row, or by 32 bits of a seed, these were the same."""
+    noise = [row_uniforms(seed, [row], 50) for seed, row in (one, other)]
+    assert (noise[0] - noise[1]).abs().max() > 0.5
+    assert torch.equal(noise[0], row_uniforms(one[0], [9, one[1]], 50)[1:])
+
+
+def test_rows_that_32_bits_would_confuse():
+    first, second = (derive(0, row) for row in COLLIDES)
+    assert first != second and first % 2 ** 32 == second % 2 ** 32
+
+
+def test_noise_is_uniform_and_grows_at_its_end():
+    noise = row_uniforms(0, range(400), 100)
+    assert noise.dtype == torch.float32 and noise.min() >= 0 and noise.max() < 1
+    assert torch.histc(noise, 10, 0, 1).sub(4000).abs().max() < 250  # four standard deviations
+    assert torch.equal(noise[:, :37], row_uniforms(0, range(400), 37))
+
+
+def test_every_weight_is_drawn_by_its_name(config):
+    """A third layer, or no head, changes nothing about the others."""
+    shallow = dict(random_weights(Transformer(config), 0))
+    deep = dict(random_weights(Transformer(replace(config, n_layers=3)), 0))
+    scalar = dict(random_weights(ScalarModel(config), 0))
+    shared = [name for name in shallow if "o_proj" not in name and "down_proj" not in name]
+    assert all(torch.equal(shallow[name], deep[name]) for name in shared)
+    assert all(torch.equal(scalar[name], shallow[name]) for name in scalar.keys() & shallow.keys())
+    other_seed = dict(random_weights(Transformer(config), 1))
+    assert not any(torch.equal(shallow[name], other_seed[name]) for name in shared if "norm" not in name)
+    first, second = (shallow[f"model.layers.{i}.self_attn.q_proj.weight"] for i in (0, 1))
+    assert not torch.equal(first, second)
+
+
+def test_a_fresh_head_is_no_row_of_the_embedding(config):
+    config = replace(config, dim=256)
+    head = random_weight("score.weight", (1, 256), config, 0)
+    embedding = random_weight("model.embed_tokens.weight", (61, 256), config, 0)
+    likeness = torch.cosine_similarity(head, embedding)  # (61,)
+    assert likeness.abs().max() < 0.3
+    assert torch.equal(head, dict(random_weights(ScalarModel(config), 0))["score.weight"])
+
+
+def test_weights_have_the_size_that_is_promised(config):
+    config = replace(config, dim=256, ffn_dim=512, n_layers=8)
+    weights = dict(random_weights(Transformer(config), 0))
+    layer = "model.layers.3."
+    for name, expected in [("model.embed_tokens", 1 / 16), (layer + "self_attn.q_proj", 1 / 16),
+                           (layer + "self_attn.o_proj", 1 / 64),
+                           (layer + "mlp.down_proj", 512 ** -0.5 / 4)]:
+        assert weights[name + ".weight"].std().item() == pytest.approx(expected, rel=0.03)
+    assert (weights[layer + "input_layernorm.weight"] == 1).all()
+    head = random_weight("score.weight", (1, 4095), config, 0)
+    assert head.std().item() == pytest.approx(1 / 64, rel=0.05)
+
+
 def test_generation_refuses_what_does_not_fit(actor):
     with pytest.raises(ValueError, match="context is 64"):
         generate(actor, [[1] * 60], 5)
@@ -238,7 +396,11 @@ def test_generation_refuses_what_does_not_fit(actor):
     assert generate(actor, [], 5).tokens == []
 
 
-@pytest.mark.parametrize("bad", [{"dim": 30}, {"n_kv_heads": 3}, {"n_layers": 0}])
-def test_impossible_shapes(config, bad):
-    with pytest.raises(ValueError):
+@pytest.mark.parametrize("bad,message", [
+    ({"dim": 30}, "dim=30 must be a multiple"), ({"n_kv_heads": 3}, "n_kv_heads=3"),
+    ({"n_layers": 0}, "n_layers=0"), ({"vocab_size": -1}, "vocab_size=-1"),
+    ({"max_seq_len": "64"}, "max_seq_len='64'"), ({"rope_theta": 0.0}, "rope_theta=0.0"),
+    ({"rope_scaling": math.nan}, "rope_scaling=nan")])
+def test_impossible_shapes(config, bad, message):
+    with pytest.raises(ValueError, match=message):
         replace(config, **bad)

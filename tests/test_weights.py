@@ -15,12 +15,13 @@ import torch
 
 import microcosm
 from data import Tokenizer
-from model import ModelConfig, ScalarModel, Transformer, generate, init_weights, last_scores
+from model import ModelConfig, ScalarModel, Transformer, generate, last_scores
+from weights.initial import init_weights
 from weights.tokenizer import huggingface_files
-from weights.loading import load_pretrained
-from weights.layouts import read_config, read_weights
-from weights.files import read_safetensors, write_safetensors
 from weights.export import save_pretrained
+from weights.files import Weights, read_safetensors, write_safetensors
+from weights.layouts import read_config, read_weights
+from weights.loading import check_weights, load_pretrained
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
@@ -185,6 +186,20 @@ def test_a_tensor_is_read_when_it_is_asked_for(config, tmp_path):
     assert weights["model.norm.weight"][0] == 7, "whoever writes to a mapped tensor writes to a copy"
 
 
+def test_a_tensor_can_be_added_to_those_of_a_file(config, tmp_path):
+    """A language model becomes a scalar model by a head; the file's own tensors are as before."""
+    save_pretrained(random_model(config), tmp_path / "model")
+    weights = read_weights(tmp_path / "model")
+    head = torch.randn(1, 32)
+    more = weights.with_tensor("score.weight", head)
+    assert isinstance(more, Weights) and more.keys() == weights.keys() | {"score.weight"}
+    assert torch.equal(more["score.weight"], head) and "score.weight" not in weights
+    assert torch.equal(more["model.norm.weight"], weights["model.norm.weight"])
+    check_weights(ScalarModel(config), more)
+    with pytest.raises(ValueError, match=r"score.weight has shape \(1, 31\)"):
+        check_weights(ScalarModel(config), weights.with_tensor("score.weight", head[:, :31]))
+
+
 # ---------------------------------------------------------------------------------------------
 # Out and in again
 
@@ -252,6 +267,67 @@ def test_transformers_loads_what_we_write(config, tokenizer, tmp_path):
     scores = last_scores(judge, batch["input_ids"], batch["attention_mask"].bool())
     with torch.no_grad():
         torch.testing.assert_close(rewarder(**batch).logits[:, 0], scores, atol=1e-4, rtol=0)
+
+
+SCALED = {"tie_embeddings": True, "rope_theta": 500.0, "rope_scaling": 2.5, "norm_eps": 1e-3}
+
+
+@pytest.mark.parametrize("changes", [{}, SCALED], ids=["plain", "scaled"])
+@pytest.mark.parametrize("kind", [Transformer, ScalarModel])
+def test_config_json_says_all_that_others_need(config, tokenizer, tmp_path, kind, changes):
+    """Entry by entry, so that it is seen where nobody is there to load the folder."""
+    config = replace(config, vocab_size=640, **changes)
+    save_pretrained(random_model(config, kind), tmp_path / "model", tokenizer)
+    content = json.loads((tmp_path / "model" / "config.json").read_text())
+    linear = {"type": "linear", "factor": 2.5}
+    expected = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama",
+        "hidden_size": 32, "intermediate_size": 64, "vocab_size": 640, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-3 if changes else 1e-5, "hidden_act": "silu",
+        "rope_theta": 500.0 if changes else 10000.0, "rope_scaling": linear if changes else None,
+        "rope_parameters": {"rope_type": "linear", "factor": 2.5, "rope_theta": 500.0} if changes
+        else {"rope_type": "default", "rope_theta": 10000.0},
+        "tie_word_embeddings": bool(changes), "attention_bias": False, "mlp_bias": False,
+        "torch_dtype": "float32", "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id,
+    }
+    if kind is ScalarModel:
+        # <unk>, which no answer holds: at pad = EOS a finished answer would be read too early
+        expected |= {"architectures": ["LlamaForSequenceClassification"], "pad_token_id": 0,
+                     "id2label": {"0": "score"}, "label2id": {"score": 0}}
+    assert content == expected
+    assert content.get("pad_token_id") != content["eos_token_id"]
+
+
+def test_transformers_reads_the_score_of_a_finished_answer_at_its_end(config, tokenizer, tmp_path):
+    """Answers with their EOS, and cut-off ones, padded on the right: what a user would hand over."""
+    transformers = theirs()
+    judge = random_model(replace(config, vocab_size=640), ScalarModel)
+    save_pretrained(judge, tmp_path / "judge", tokenizer)
+    read = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "judge")
+    assert read.num_labels == 1
+    eos = tokenizer.eos_id
+    answers = [[1, 9, 30, 31, eos], [1, 9, 30, 31], [1, 9, eos], [1, 40, 41, 42, 43, 44, 45]]
+    batch = torch.full((4, 7), read.config.pad_token_id)
+    mask = torch.zeros(4, 7, dtype=torch.bool)
+    for i, ids in enumerate(answers):
+        batch[i, :len(ids)] = torch.tensor(ids)
+        mask[i, :len(ids)] = True
+    expected = last_scores(judge, batch, mask)
+    with torch.no_grad():
+        scores = read(input_ids=batch, attention_mask=mask.long()).logits[:, 0]
+    torch.testing.assert_close(scores, expected, atol=1e-4, rtol=0)
+    assert (expected[0] - expected[1]).abs() > 1e-2, "the EOS makes no difference: nothing is tested"
+
+
+def test_transformers_reads_rotary_positions_and_ties(config, tmp_path):
+    transformers = theirs()
+    model = random_model(replace(config, **SCALED))
+    save_pretrained(model, tmp_path / "model")
+    read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert read.lm_head.weight is read.model.embed_tokens.weight
+    with torch.no_grad():
+        torch.testing.assert_close(read(TOKENS).logits, model(TOKENS), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("options", [{"byte_fallback": True, "vocab_size": 420, "remove_extra_whitespaces": False},

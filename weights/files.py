@@ -9,15 +9,17 @@ import pickle
 import struct
 from functools import partial
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, Mapping, NamedTuple
+from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple
 
 import torch
 from torch import Tensor
 
 from formats.files import read_json
 
-SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64,
-                      "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool,
+}
 
 
 class Source(NamedTuple):
@@ -31,12 +33,13 @@ class Source(NamedTuple):
 class Weights(Mapping[str, Tensor]):
     """The tensors in `path` by name.
 
-    Each is mapped into memory when it is asked for and, from safetensors, unmapped with its last reference:
-    what nobody touches is not read, and what has been used takes no room.
+    Each is mapped into memory when it is asked for and, from safetensors, unmapped with its last
+    reference: what nobody touches is not read, and what has been used takes no room.
     """
 
     def __init__(self, path: Path, sources: dict[str, Source]) -> None:
-        self.path, self.sources = path, sources
+        self.path = path
+        self.sources = sources
 
     def __getitem__(self, name: str) -> Tensor:
         return self.sources[name].read()
@@ -50,71 +53,162 @@ class Weights(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.sources)
 
+    def with_tensor(self, name: str, tensor: Tensor) -> Weights:
+        """Return these weights and one more that stands in no file: a fresh head, say."""
+        source = Source(self.path, tuple(tensor.shape), tensor.dtype, lambda: tensor)
+        return Weights(self.path, {**self.sources, name: source})
+
+
+# ---------------------------------------------------------------------------------------------
+# safetensors: an 8-byte little-endian length, a JSON object of that length, the tensors' bytes
+
+class Entry(NamedTuple):
+    """What the header says of one tensor; begin and end count bytes from the first tensor's."""
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
 
 def map_tensor(file: Path, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Map the bytes of one tensor: private pages, because torch wants a writable buffer."""
     count = math.prod(shape)
-    if count == 0:
+    if count == 0:  # an empty range cannot be mapped
         return torch.empty(shape, dtype=dtype)
+    # a mapping starts at the beginning of a page, so a little before the tensor
     page = offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+    before = offset - page
+    size = before + count * dtype.itemsize
     with open(file, "rb") as handle:
-        data = mmap.mmap(handle.fileno(), offset - page + count * dtype.itemsize, access=mmap.ACCESS_COPY, offset=page)
-    return torch.frombuffer(data, dtype=dtype, count=count, offset=offset - page).view(shape)
+        data = mmap.mmap(handle.fileno(), size, access=mmap.ACCESS_COPY, offset=page)
+    return torch.frombuffer(data, dtype=dtype, count=count, offset=before).view(shape)
 
 
 def read_safetensors(file: Path) -> Weights:
-    """Read the header of a .safetensors file: an 8-byte little-endian length, a JSON object, then the tensors' bytes.
+    """Read the header of a .safetensors file; its tensors are mapped when they are asked for.
 
-    Raises ValueError naming the file, and the tensor, unless the tensors fill the file to its end without hole or overlap.
+    Raises ValueError naming the file, and the tensor, unless the tensors fill the file to its end
+    without hole or overlap: a file that was cut off or damaged is noticed before it is used.
     """
-    with open(file, "rb") as handle:
-        size = os.fstat(handle.fileno()).st_size
-        start = 8 + int.from_bytes(handle.read(8), "little")
-        try:
-            header = json.loads(handle.read(start - 8)) if start <= size else None
-        except (ValueError, RecursionError):
-            header = None
-    if not isinstance(header, dict):
-        raise ValueError(f"{file}: not a safetensors file, or cut off in its header")
-    header.pop("__metadata__", None)
-    sources, spans = {}, []
-    for name, entry in header.items():
-        try:
-            dtype, shape, (begin, end) = SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
-            possible = all(type(n) is int and n >= 0 for n in (*shape, begin)) and end == begin + math.prod(shape) * dtype.itemsize
-        except (KeyError, TypeError, ValueError):
-            possible = False
-        if not possible:
-            raise ValueError(f"{file}: tensor {name} has an impossible size or an unknown type: {str(entry)[:100]}")
-        if start + end > size:
-            raise ValueError(f"{file}: cut off: it has {size} bytes, and tensor {name} ends at {start + end}")
-        sources[name] = Source(file, shape, dtype, partial(map_tensor, file, start + begin, shape, dtype))
-        spans.append((begin, end, name))
-    filled = 0
-    for begin, end, name in sorted(spans):
-        if begin != filled:
-            raise ValueError(f"{file}: tensor {name} {'overlaps the one before it' if begin < filled else 'comes after a hole'}")
-        filled = end
-    if start + filled != size:
-        raise ValueError(f"{file}: {size - start - filled} bytes after the last tensor belong to none")
+    size = os.path.getsize(file)
+    start, header = read_header(file, size)
+    entries = {name: parse_entry(file, name, entry) for name, entry in header.items()}
+    for name, entry in entries.items():
+        if start + entry.end > size:
+            raise ValueError(f"{file}: cut off: it has {size} bytes, "
+                             f"and tensor {name} ends at {start + entry.end}")
+    check_filled(file, entries, size - start)
+
+    # nothing but the header has been read so far
+    sources = {}
+    for name, entry in entries.items():
+        read = partial(map_tensor, file, start + entry.begin, entry.shape, entry.dtype)
+        sources[name] = Source(file, entry.shape, entry.dtype, read)
     return Weights(file, sources)
 
 
-def read_pickle(file: Path) -> dict[str, Tensor]:
-    """Map the tensors of a file written by torch.save; ValueError naming the file if it is torn or holds anything else.
+def read_header(file: Path, size: int) -> tuple[int, dict[str, Any]]:
+    """Return where the tensors of a file of `size` bytes start, and its header's entries."""
+    header = None
+    with open(file, "rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        start = 8 + length
+        # in a torn file the length is any number: no buffer of that size before it is compared
+        if start <= size:
+            try:
+                header = json.loads(handle.read(length))
+            except (ValueError, RecursionError):
+                pass
+    if not isinstance(header, dict):
+        raise ValueError(f"{file}: not a safetensors file, or cut off in its header")
+    header.pop("__metadata__", None)
+    return start, header
 
-    Nothing in it is executed: torch's restricted unpickler refuses all but tensors and plain containers.
+
+def parse_entry(file: Path, name: str, entry: Any) -> Entry:
+    """Check one tensor's entry in the header: its bytes have to be those of its shape and type."""
+    # the header is whatever stands in the file: nothing in it need be what the format asks for
+    try:
+        begin, end = entry["data_offsets"]
+        parsed = Entry(SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"]), begin, end)
+        # type, not isinstance: true and false are no sizes
+        whole_numbers = all(type(n) is int and n >= 0 for n in (*parsed.shape, begin))
+        possible = whole_numbers and end - begin == math.prod(parsed.shape) * parsed.dtype.itemsize
+    except (KeyError, TypeError, ValueError):
+        possible = False
+    if not possible:
+        raise ValueError(f"{file}: tensor {name} has an impossible size or an unknown type: "
+                         f"{str(entry)[:100]}")
+    return parsed
+
+
+def check_filled(file: Path, entries: Mapping[str, Entry], size: int) -> None:
+    """Raise ValueError unless the tensors, one after the other, are all of the `size` bytes."""
+    filled = 0
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if entry.begin < filled:
+            raise ValueError(f"{file}: tensor {name} overlaps the one before it")
+        if entry.begin > filled:
+            raise ValueError(f"{file}: tensor {name} comes after a hole")
+        filled = entry.end
+    if filled != size:
+        raise ValueError(f"{file}: {size - filled} bytes after the last tensor belong to none")
+
+
+def write_safetensors(file: Path, tensors: Mapping[str, Tensor],
+                      stream: Iterable[Tensor] | None = None) -> None:
+    """Write a .safetensors file, wide types first so that every tensor stays aligned.
+
+    stream: in place of the values of `tensors`, which then only tell names, shapes and (alike)
+        dtypes; taken one at a time, so that no more than one has to be in memory.
+    """
+    names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+    widest_first = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in widest_first:
+        tensor = tensors[name]
+        end = offset + tensor.numel() * tensor.dtype.itemsize
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape),
+                        "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    # the tensors begin at a multiple of 8, too
+    text += b" " * (-len(text) % 8)
+
+    if stream is None:
+        stream = (tensors[name] for name in widest_first)
+    with open(file, "wb") as handle:
+        handle.write(struct.pack("<Q", len(text)) + text)
+        for tensor in stream:
+            values = tensor.detach().cpu().contiguous().flatten()
+            # as bytes, for numpy has no bfloat16
+            handle.write(values.view(torch.uint8).numpy())
+
+
+# ---------------------------------------------------------------------------------------------
+# What torch.save wrote, and models of several files
+
+def read_pickle(file: Path) -> dict[str, Tensor]:
+    """Map the tensors of a file written by torch.save.
+
+    Nothing in it is executed: torch's restricted unpickler refuses all but tensors and plain
+    containers. Raises ValueError naming the file if it is torn or holds anything else.
     """
     if not file.is_file():
         raise ValueError(f"{file}: no such file")
     try:
         content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # torch raises a dozen kinds, some for a torn file, some for a hostile one
-        if isinstance(error, pickle.UnpicklingError):
-            raise ValueError(f"{file}: not a plain dictionary of tensors; what else its pickle holds is never executed") from None
-        raise ValueError(f"{file}: cut off, or not a file of torch.save since version 1.6; fetch it again or save it anew") from None
+    except pickle.UnpicklingError:
+        raise ValueError(f"{file}: not a plain dictionary of tensors; what else its pickle holds "
+                         "is never executed") from None
+    except Exception:
+        # torch raises a dozen kinds for a torn file
+        raise ValueError(f"{file}: cut off, or not a file of torch.save since version 1.6; "
+                         "fetch it again or save it anew") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{file}: holds {type(content).__name__}, expected a dictionary of tensors")
+        raise ValueError(f"{file}: holds {type(content).__name__}, "
+                         "expected a dictionary of tensors")
     for name, tensor in content.items():
         if not isinstance(tensor, Tensor) or not isinstance(name, str):
             raise ValueError(f"{file}: entry {name} is {type(tensor).__name__}, expected a tensor")
@@ -124,41 +218,34 @@ def read_pickle(file: Path) -> dict[str, Tensor]:
 def read_bin(file: Path) -> Weights:
     """Map a pytorch_model*.bin file."""
     tensors = read_pickle(file)
-    return Weights(file, {name: Source(file, tuple(x.shape), x.dtype, partial(tensors.get, name)) for name, x in tensors.items()})
+    sources = {}
+    for name, tensor in tensors.items():
+        sources[name] = Source(file, tuple(tensor.shape), tensor.dtype, partial(tensors.get, name))
+    return Weights(file, sources)
 
 
 def read_indexed(index: Path, read: Callable[[Path], Weights]) -> Weights:
     """Read the files that an index names; every tensor has to be where it says."""
     places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(name, str) and Path(name).name == name for name in places.values()):
+    # only files beside the index: a name with a folder in it would lead anywhere
+    if not isinstance(places, dict) or not all(map(is_bare_name, places.values())):
         raise ValueError(f"{index}: has no weight_map, from tensors to files beside it")
     files: dict[str, Weights] = {}
+    sources = {}
     for tensor, name in places.items():
         file = index.with_name(name)
         if not file.is_file():
-            raise ValueError(f"{file}: no such file, but {index.name} says it holds tensor {tensor}")
+            raise ValueError(f"{file}: no such file, "
+                             f"but {index.name} says it holds tensor {tensor}")
+        # many tensors, few files: each is opened once
         if name not in files:
             files[name] = read(file)
         if tensor not in files[name]:
-            raise ValueError(f"{file}: tensor {tensor} is missing, but {index.name} says it is there")
-    return Weights(index, {tensor: files[name].sources[tensor] for tensor, name in places.items()})
+            raise ValueError(f"{file}: tensor {tensor} is missing, "
+                             f"but {index.name} says it is there")
+        sources[tensor] = files[name].sources[tensor]
+    return Weights(index, sources)
 
 
-def write_safetensors(file: Path, tensors: Mapping[str, Tensor], stream: Iterable[Tensor] | None = None) -> None:
-    """Write a .safetensors file, wide types first so that every tensor stays aligned.
-
-    stream: in place of the values of `tensors`, which then only tell names, shapes and (alike) dtypes; taken one at a time.
-    """
-    names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
-    header, offset = {}, 0
-    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
-    for name, tensor in ordered.items():
-        size = tensor.numel() * tensor.dtype.itemsize
-        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, offset + size]}
-        offset += size
-    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
-    text += b" " * (-len(text) % 8)
-    with open(file, "wb") as handle:
-        handle.write(struct.pack("<Q", len(text)) + text)
-        for tensor in ordered.values() if stream is None else stream:
-            handle.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+def is_bare_name(name: Any) -> bool:
+    return isinstance(name, str) and Path(name).name == name

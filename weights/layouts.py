@@ -1,10 +1,10 @@
-"""Layouts of model folders: Hugging Face (config.json) and Meta (params.json, consolidated.*.pth)."""
+"""Layouts of model folders: Hugging Face's and Meta's."""
 from __future__ import annotations
 
 import re
 from functools import partial
 from pathlib import Path
-from typing import Sequence
+from typing import Iterator, Mapping, NamedTuple, Sequence
 
 import torch
 from torch import Tensor
@@ -13,141 +13,34 @@ from formats.files import read_json
 from model import ModelConfig
 from weights.files import Source, Weights, read_bin, read_indexed, read_pickle, read_safetensors
 
-SUPPORTED_TYPES = ("llama", "mistral")
-SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size")
-UNDERSTOOD = {*SIZES, "model_type", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling",
-              "rope_parameters", "tie_word_embeddings", "hidden_act", "attention_bias", "mlp_bias", "head_dim", "sliding_window",
-              "layer_types", "pretraining_tp", "attention_dropout", "quantization_config"}
-# Entries of config.json that do not change what the model computes.
-INERT = set("""architectures dtype torch_dtype transformers_version use_cache initializer_range max_sequence_length name_or_path tokenizer_class
-    bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id cls_token_id decoder_start_token_id id2label label2id num_labels
-    problem_type finetuning_task return_dict output_attentions output_hidden_states torchscript chunk_size_feed_forward unsloth_version
-    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p
-    repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size num_return_sequences
-    score_mean score_std holdout_accuracy""".split())
-# Meta's name -> ours, and the axis along which model parallelism splits the tensor (None: every file holds the whole)
-META = {"tok_embeddings": ("model.embed_tokens", 1), "norm": ("model.norm", None), "output": ("lm_head", 0),
-        "attention_norm": ("input_layernorm", None), "ffn_norm": ("post_attention_layernorm", None),
-        "attention.wq": ("self_attn.q_proj", 0), "attention.wk": ("self_attn.k_proj", 0), "attention.wv": ("self_attn.v_proj", 0),
-        "attention.wo": ("self_attn.o_proj", 1), "feed_forward.w1": ("mlp.gate_proj", 0), "feed_forward.w2": ("mlp.down_proj", 1),
-        "feed_forward.w3": ("mlp.up_proj", 0)}
-META_PARAMS = {"dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "ffn_dim_multiplier", "norm_eps", "vocab_size", "rope_theta",
-               "max_seq_len", "max_batch_size"}
-
 
 def is_meta(path: Path) -> bool:
     return not (path / "config.json").is_file() and (path / "params.json").is_file()
 
 
 def read_config(path: str | Path) -> ModelConfig:
-    """Read the shape of the model in folder `path`; whatever this code cannot compute is refused by name."""
+    """Read the shape of the model in folder `path`; what cannot be computed is refused by name."""
     path = Path(path)
     file = path / ("params.json" if is_meta(path) else "config.json")
     if not file.is_file():
-        raise ValueError(f"{path}: no model folder: it has no config.json (Hugging Face) and no params.json (Meta)")
+        raise ValueError(f"{path}: no model folder: it has no config.json (Hugging Face) "
+                         "and no params.json (Meta)")
     content = read_json(file)
     if is_meta(path) and content.get("vocab_size", -1) == -1:
-        content["vocab_size"] = len(read_pickle(path / "consolidated.00.pth").get("tok_embeddings.weight", ()))
+        # Meta leaves it to the tokenizer; the embedding knows it as well
+        embedding = read_pickle(path / "consolidated.00.pth").get("tok_embeddings.weight", ())
+        content["vocab_size"] = len(embedding)
     try:
         return meta_config(content) if is_meta(path) else huggingface_config(content)
     except (ValueError, TypeError, ZeroDivisionError) as error:
         raise ValueError(f"{file}: {error}") from None
 
 
-def huggingface_config(c: dict) -> ModelConfig:
-    """Translate the content of a config.json."""
-    missing = [name for name in SIZES if not isinstance(c.get(name), int)]
-    if missing:
-        raise ValueError(f"lacks {', '.join(missing)}: not the config of a LLaMA")
-    heads, context = c["num_attention_heads"], c.get("max_position_embeddings", 2048)
-    rope = {**(c.get("rope_scaling") or {}), **(c.get("rope_parameters") or {})}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    unknown = sorted(name for name, value in c.items() if value and name not in UNDERSTOOD | INERT and not name.startswith("_"))
-    window = c.get("sliding_window")
-    refused = [
-        (c.get("model_type") not in SUPPORTED_TYPES, f"model_type {c.get('model_type')!r} (supported: {', '.join(SUPPORTED_TYPES)})"),
-        (c.get("hidden_act", "silu") != "silu", f"hidden_act {c.get('hidden_act')!r}"),
-        (c.get("attention_bias"), "attention_bias"), (c.get("mlp_bias"), "mlp_bias"),
-        (kind not in ("default", "linear"), f"rope scaling of type {kind!r}"),
-        (rope.keys() - {"rope_type", "type", "rope_theta", *(["factor"] if kind == "linear" else [])}, f"rope scaling {rope}"),
-        (c.get("head_dim") not in (None, c["hidden_size"] // heads), f"head_dim {c.get('head_dim')} other than hidden_size / heads"),
-        (window is not None and window < context,
-         f"sliding_window {window} (within it attention is full: lower max_position_embeddings to it to use the model so)"),
-        (set(c.get("layer_types") or []) - {"full_attention"}, f"layer_types {c.get('layer_types')}"),
-        (c.get("pretraining_tp", 1) not in (None, 1), f"pretraining_tp {c.get('pretraining_tp')} (1 gives the same up to rounding)"),
-        (c.get("attention_dropout"), "attention_dropout"), (c.get("quantization_config"), "quantization_config"),
-        (unknown, f"the unknown entry {', '.join(unknown)} (remove it if the model is the same without it)"),
-    ]
-    for present, what in refused:
-        if present:
-            raise ValueError(f"{what} is not supported")
-    return ModelConfig(
-        dim=c["hidden_size"], n_layers=c["num_hidden_layers"], n_heads=heads, n_kv_heads=c.get("num_key_value_heads") or heads,
-        vocab_size=c["vocab_size"], ffn_dim=c["intermediate_size"], max_seq_len=context, norm_eps=float(c.get("rms_norm_eps", 1e-6)),
-        rope_theta=float(rope.get("rope_theta") or c.get("rope_theta") or 10000.0),
-        tie_embeddings=bool(c.get("tie_word_embeddings", False)), rope_scaling=float(rope.get("factor", 1.0)))
-
-
-def meta_config(p: dict) -> ModelConfig:
-    """Translate the content of a params.json.
-
-    It does not tell the context. Unless someone wrote a max_seq_len into it: CodeLlama, told by its rope_theta, has 16384;
-    LLaMA 1, told by its norm_eps of 1e-6 (65B: by its size without grouped heads), 2048; LLaMA 2 4096.
-    """
-    missing = sorted({"dim", "n_layers", "n_heads", "multiple_of", "norm_eps"} - p.keys())
-    unknown = sorted(p.keys() - META_PARAMS)
-    if missing or unknown:
-        raise ValueError(f"lacks {', '.join(missing)}" if missing else f"{', '.join(unknown)} is not supported: not the params of a LLaMA 1 or 2")
-    theta, kv_heads = p.get("rope_theta") or 10000.0, p.get("n_kv_heads")
-    first = p["norm_eps"] < 5e-6 or p["dim"] == 8192 and not kv_heads
-    ffn_dim = int((p.get("ffn_dim_multiplier") or 1) * int(2 * 4 * p["dim"] / 3))
-    return ModelConfig(
-        dim=p["dim"], n_layers=p["n_layers"], n_heads=p["n_heads"], n_kv_heads=kv_heads or p["n_heads"], vocab_size=p["vocab_size"],
-        ffn_dim=-(-ffn_dim // p["multiple_of"]) * p["multiple_of"], norm_eps=p["norm_eps"], rope_theta=float(theta),
-        max_seq_len=p.get("max_seq_len") or (16384 if theta > 10000 else 2048 if first else 4096))
-
-
-def join(parts: Sequence[Tensor], axis: int, heads: int) -> Tensor:
-    """Put the parts of a model-parallel tensor together; with `heads`, bring rows that turn as neighbours into halves."""
-    whole = torch.cat(list(parts), axis) if len(parts) > 1 else parts[0]
-    return whole.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2) if heads else whole
-
-
-def read_meta(path: Path) -> Weights:
-    """Map Meta's consolidated.NN.pth files; every tensor is joined when it is asked for, q and k in Hugging Face's row order."""
-    config = read_config(path)
-    files = sorted(path.glob("consolidated.*.pth"))
-    for i, file in enumerate(files or [None]):
-        if file != path / f"consolidated.{i:02d}.pth":
-            raise ValueError(f"{path}/consolidated.{i:02d}.pth: no such file")
-    shards = [read_pickle(file) for file in files]
-    sources = {}
-    for name, first in shards[0].items():
-        if name == "rope.freqs":  # computed, not learnt
-            continue
-        place = re.fullmatch(r"(?:layers\.(\d+)\.)?(.+)\.weight", name)
-        if not place or place[2] not in META:
-            raise ValueError(f"{files[0]}: tensor {name} is none of a LLaMA's")
-        ours, axis = META[place[2]]
-        for file, shard in zip(files, shards):
-            if name not in shard:
-                raise ValueError(f"{file}: tensor {name} is missing, but {files[0].name} has it")
-            if shard[name].shape != first.shape or first.dim() != (1 if axis is None else 2):
-                raise ValueError(f"{file}: tensor {name} has shape {tuple(shard[name].shape)}, which is no part of a model's")
-        shape = tuple(n * len(files) if i == axis else n for i, n in enumerate(first.shape))
-        heads = {"attention.wq": config.n_heads, "attention.wk": config.n_kv_heads}.get(place[2], 0)
-        parts = [shard[name] for shard in shards][:1 if axis is None else None]
-        layer = f"model.layers.{place[1]}." if place[1] else ""
-        sources[f"{layer}{ours}.weight"] = Source(files[0], shape, first.dtype, partial(join, parts, axis or 0, heads))
-    embeddings = sources.get("model.embed_tokens.weight")
-    if embeddings and embeddings.shape[1] != config.dim:
-        raise ValueError(f"{files[-1]}: tensor tok_embeddings.weight has {embeddings.shape[1]} columns in the {len(files)} files "
-                         f"up to this one, params.json says {config.dim}: files are missing, or too many")
-    return Weights(path, sources)
-
-
 def read_weights(path: str | Path) -> Weights:
-    """Map the weights of the model in folder `path`, in whichever layout they are; ValueError says what is wrong with them."""
+    """Map the weights of the model in folder `path`, in whichever layout they are.
+
+    Raises ValueError that says what is wrong with them.
+    """
     path = Path(path)
     if is_meta(path):
         return read_meta(path)
@@ -156,4 +49,251 @@ def read_weights(path: str | Path) -> Weights:
             return read(path / name)
         if (path / f"{name}.index.json").is_file():
             return read_indexed(path / f"{name}.index.json", read)
-    raise ValueError(f"{path}: holds no weights: no model.safetensors, no pytorch_model.bin and no index of either")
+    raise ValueError(f"{path}: holds no weights: no model.safetensors, no pytorch_model.bin "
+                     "and no index of either")
+
+
+# ---------------------------------------------------------------------------------------------
+# Hugging Face: config.json. The tensors have our names.
+
+SUPPORTED_TYPES = ("llama", "mistral")
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
+         "intermediate_size")
+# Entries that are read here, or refused by `unsupported` where they ask for too much.
+UNDERSTOOD = {
+    *SIZES, "model_type", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps",
+    "rope_theta", "rope_scaling", "rope_parameters", "tie_word_embeddings", "hidden_act",
+    "attention_bias", "mlp_bias", "head_dim", "sliding_window", "layer_types", "pretraining_tp",
+    "attention_dropout", "quantization_config",
+}
+# Entries that do not change what the model computes.
+INERT = set("""
+    architectures dtype torch_dtype transformers_version use_cache initializer_range
+    max_sequence_length name_or_path tokenizer_class bos_token_id eos_token_id pad_token_id
+    unk_token_id sep_token_id cls_token_id decoder_start_token_id id2label label2id num_labels
+    problem_type finetuning_task return_dict output_attentions output_hidden_states torchscript
+    chunk_size_feed_forward unsloth_version max_length min_length do_sample early_stopping
+    num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p
+    repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
+    num_return_sequences score_mean score_std holdout_accuracy
+""".split())
+
+
+def huggingface_config(c: dict) -> ModelConfig:
+    """Translate the content of a config.json."""
+    missing = [name for name in SIZES if not isinstance(c.get(name), int)]
+    if missing:
+        raise ValueError(f"lacks {', '.join(missing)}: not the config of a LLaMA")
+    first_problem = next(unsupported(c), None)
+    if first_problem:
+        raise ValueError(f"{first_problem} is not supported")
+    rope = rope_entries(c)
+    return ModelConfig(
+        dim=c["hidden_size"],
+        n_layers=c["num_hidden_layers"],
+        n_heads=c["num_attention_heads"],
+        n_kv_heads=c.get("num_key_value_heads") or c["num_attention_heads"],
+        vocab_size=c["vocab_size"],
+        ffn_dim=c["intermediate_size"],
+        max_seq_len=context_of(c),
+        # what is missing has transformers' default
+        norm_eps=float(c.get("rms_norm_eps", 1e-6)),
+        rope_theta=float(rope.get("rope_theta") or c.get("rope_theta") or 10000.0),
+        tie_embeddings=bool(c.get("tie_word_embeddings", False)),
+        rope_scaling=float(rope.get("factor", 1.0)))
+
+
+def context_of(c: dict) -> int:
+    return c.get("max_position_embeddings", 2048)
+
+
+def rope_entries(c: dict) -> dict:
+    """Return what is said of rotary positions: in rope_parameters since transformers 5."""
+    # both may be there, and either may be null
+    return {**(c.get("rope_scaling") or {}), **(c.get("rope_parameters") or {})}
+
+
+def unsupported(c: dict) -> Iterator[str]:
+    """Yield what a config.json asks for and this code cannot compute, in the words of the error."""
+    if c.get("model_type") not in SUPPORTED_TYPES:
+        yield f"model_type {c.get('model_type')!r} (supported: {', '.join(SUPPORTED_TYPES)})"
+    if c.get("hidden_act", "silu") != "silu":
+        yield f"hidden_act {c['hidden_act']!r}"
+    for name in ("attention_bias", "mlp_bias", "attention_dropout", "quantization_config"):
+        if c.get(name):
+            yield name
+    yield from unsupported_rope(rope_entries(c))
+
+    # heads that together are wider or narrower than D
+    if c.get("head_dim") not in (None, c["hidden_size"] // c["num_attention_heads"]):
+        yield f"head_dim {c['head_dim']} other than hidden_size / heads"
+    # Mistral's window does nothing in texts that fit into it
+    window = c.get("sliding_window")
+    if window is not None and window < context_of(c):
+        yield (f"sliding_window {window} (within it attention is full: "
+               "lower max_position_embeddings to it to use the model so)")
+    if set(c.get("layer_types") or []) - {"full_attention"}:
+        yield f"layer_types {c['layer_types']}"
+    if c.get("pretraining_tp", 1) not in (None, 1):
+        yield f"pretraining_tp {c['pretraining_tp']} (1 gives the same up to rounding)"
+
+    # what is neither read nor known to be harmless may be anything, unless it is off
+    known = UNDERSTOOD | INERT
+    unknown = sorted(name for name, value in c.items()
+                     if value and name not in known and not name.startswith("_"))
+    if unknown:
+        yield (f"the unknown entry {', '.join(unknown)} "
+               "(remove it if the model is the same without it)")
+
+
+def unsupported_rope(rope: dict) -> Iterator[str]:
+    """Yield what is asked of rotary positions beyond a base and a factor."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "linear"):
+        yield f"rope scaling of type {kind!r}"
+    expected = {"rope_type", "type", "rope_theta"}
+    if kind == "linear":
+        expected.add("factor")
+    if rope.keys() - expected:
+        yield f"rope scaling {rope}"
+
+
+# ---------------------------------------------------------------------------------------------
+# Meta: params.json, and consolidated.NN.pth, one for each rank of model parallelism
+
+class MetaTensor(NamedTuple):
+    """Our name for one of Meta's tensors."""
+    name: str
+    split: int | None  # axis along which the files divide it; None: every file holds the whole
+
+
+META = {
+    "tok_embeddings": MetaTensor("model.embed_tokens", split=1),
+    "norm": MetaTensor("model.norm", split=None),
+    "output": MetaTensor("lm_head", split=0),
+    "attention_norm": MetaTensor("input_layernorm", split=None),
+    "ffn_norm": MetaTensor("post_attention_layernorm", split=None),
+    "attention.wq": MetaTensor("self_attn.q_proj", split=0),
+    "attention.wk": MetaTensor("self_attn.k_proj", split=0),
+    "attention.wv": MetaTensor("self_attn.v_proj", split=0),
+    "attention.wo": MetaTensor("self_attn.o_proj", split=1),
+    "feed_forward.w1": MetaTensor("mlp.gate_proj", split=0),
+    "feed_forward.w2": MetaTensor("mlp.down_proj", split=1),
+    "feed_forward.w3": MetaTensor("mlp.up_proj", split=0),
+}
+META_NEEDED = {"dim", "n_layers", "n_heads", "multiple_of", "norm_eps"}
+META_PARAMS = META_NEEDED | {"n_kv_heads", "ffn_dim_multiplier", "vocab_size", "rope_theta",
+                             "max_seq_len", "max_batch_size"}
+
+
+def meta_config(p: dict) -> ModelConfig:
+    """Translate the content of a params.json."""
+    missing = sorted(META_NEEDED - p.keys())
+    if missing:
+        raise ValueError(f"lacks {', '.join(missing)}")
+    unknown = sorted(p.keys() - META_PARAMS)
+    if unknown:
+        raise ValueError(f"{', '.join(unknown)} is not supported: not the params of a LLaMA 1 or 2")
+
+    # two thirds of 4 D, as SwiGLU has three matrices instead of two; then up to a round number
+    ffn_dim = int((p.get("ffn_dim_multiplier") or 1) * int(2 * 4 * p["dim"] / 3))
+    multiples = -(-ffn_dim // p["multiple_of"])
+    return ModelConfig(
+        dim=p["dim"],
+        n_layers=p["n_layers"],
+        n_heads=p["n_heads"],
+        n_kv_heads=p.get("n_kv_heads") or p["n_heads"],
+        vocab_size=p["vocab_size"],
+        ffn_dim=multiples * p["multiple_of"],
+        max_seq_len=p.get("max_seq_len") or meta_context(p),
+        norm_eps=p["norm_eps"],
+        rope_theta=float(p.get("rope_theta") or 10000.0))
+
+
+def meta_context(p: dict) -> int:
+    """Tell the context of a model by what tells it from the others: params.json does not say."""
+    if (p.get("rope_theta") or 10000.0) > 10000:
+        return 16384  # CodeLlama
+    is_first_65b = p["dim"] == 8192 and not p.get("n_kv_heads")
+    if p["norm_eps"] < 5e-6 or is_first_65b:
+        return 2048  # LLaMA 1
+    return 4096  # LLaMA 2
+
+
+def read_meta(path: Path) -> Weights:
+    """Map Meta's consolidated.NN.pth files.
+
+    Every tensor is joined when it is asked for, q and k in Hugging Face's order of rows.
+    """
+    config = read_config(path)
+    shards = read_meta_files(path)
+    first_file, first_shard = next(iter(shards.items()))
+    # which rows of a tensor rotary positions turn together depends on its number of heads
+    turned = {"attention.wq": config.n_heads, "attention.wk": config.n_kv_heads}
+    sources = {}
+    for name, first in first_shard.items():
+        if name == "rope.freqs":  # computed, not learnt
+            continue
+        place = re.fullmatch(r"(?:layers\.(?P<layer>\d+)\.)?(?P<kind>.+)\.weight", name)
+        if not place or place["kind"] not in META:
+            raise ValueError(f"{first_file}: tensor {name} is none of a LLaMA's")
+
+        # what is joined later is checked now, so that a torn folder is refused before it is used
+        ours = META[place["kind"]]
+        check_meta_parts(name, ours.split, shards)
+        parts = [shard[name] for shard in shards.values()]
+        # a whole tensor stands in every file: the first one's serves
+        shape = list(first.shape)
+        if ours.split is None:
+            parts = parts[:1]
+        else:
+            shape[ours.split] *= len(parts)
+        layer = f"model.layers.{place['layer']}." if place["layer"] else ""
+        read = partial(join, parts, ours.split or 0, turned.get(place["kind"], 0))
+        sources[f"{layer}{ours.name}.weight"] = Source(first_file, tuple(shape), first.dtype, read)
+
+    # a missing last file shows in the width of what the files have together
+    embedding = sources.get("model.embed_tokens.weight")
+    if embedding and embedding.shape[1] != config.dim:
+        raise ValueError(
+            f"{list(shards)[-1]}: tensor tok_embeddings.weight has {embedding.shape[1]} columns in "
+            f"the {len(shards)} files up to this one, params.json says {config.dim}: "
+            "files are missing, or too many")
+    return Weights(path, sources)
+
+
+def read_meta_files(path: Path) -> dict[Path, dict[str, Tensor]]:
+    """Map consolidated.00.pth, consolidated.01.pth, ... without a gap."""
+    # with no file at all, the first one is what is missing
+    files = sorted(path.glob("consolidated.*.pth"))
+    expected = [path / f"consolidated.{i:02d}.pth" for i in range(max(len(files), 1))]
+    for file in expected:
+        if file not in files:
+            raise ValueError(f"{file}: no such file")
+    return {file: read_pickle(file) for file in expected}
+
+
+def check_meta_parts(name: str, split: int | None, shards: Mapping[Path, dict]) -> None:
+    """Raise ValueError unless every file holds its part of a tensor, all parts of one shape."""
+    first_file, first_shard = next(iter(shards.items()))
+    dimensions = 1 if split is None else 2
+    for file, shard in shards.items():
+        if name not in shard:
+            raise ValueError(f"{file}: tensor {name} is missing, but {first_file.name} has it")
+        part = shard[name]
+        if part.shape != first_shard[name].shape or part.dim() != dimensions:
+            raise ValueError(f"{file}: tensor {name} has shape {tuple(part.shape)}, "
+                             "which is no part of a model's")
+
+
+def join(parts: Sequence[Tensor], axis: int, heads: int) -> Tensor:
+    """Put the parts of a model-parallel tensor together.
+
+    heads: of a q or k matrix, whose rows change places; 0: of none. Meta turns neighbouring rows
+        of a head, Hugging Face's layout row i of its first half with row i of its second.
+    """
+    whole = torch.cat(list(parts), axis) if len(parts) > 1 else parts[0]
+    if not heads:
+        return whole
+    pairs = whole.unflatten(0, (heads, -1, 2))   # (heads E, D) -> (heads, E/2, 2, D)
+    return pairs.transpose(1, 2).flatten(0, 2)   # -> (heads, 2, E/2, D) -> (heads E, D)
