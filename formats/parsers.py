@@ -68,10 +68,9 @@ def make_example(
     ranks: Sequence[float] | None = None,
     flaw: str = "",
 ) -> Example:
-    """Check a prompt's roles and texts; an empty system text is none.
-
-    Nothing is mended: which turn of a broken dialogue is wrong, nobody knows.
-    """
+    """Check a prompt's roles and texts; an empty system text is none."""
+    # Nothing is mended: which turn of a broken dialogue is wrong, nobody knows. A guess would teach
+    # the model to answer itself, or to speak for the user.
     prompt = tuple(message for message in prompt if is_said(message))
     initials = "".join(message.role[0] for message in prompt)  # of "suau": system, user, ...
     if not re.fullmatch("s?u(au)*|r", initials):
@@ -98,11 +97,9 @@ def split_answer(turns: Sequence[Message], flaw: str = "") -> Example:
 
 
 def text_prompt(text: str) -> Message:
-    """Return a prompt string as what it is: a user's words, or a prompt already in a template.
-
-    Trailing spaces of the latter go: with them, the border to the response would lie inside its
-    first word.
-    """
+    """Return a prompt string as what it is: a user's words, or a prompt already in a template."""
+    # Put into a template once more, the latter would ask about a dialogue instead of going on with
+    # it. Its trailing spaces go: with them, the border would lie inside the response's first word.
     is_raw = any(mark in text for mark in TEMPLATE_MARKS)
     return Message("raw", text.rstrip(" ")) if is_raw else Message("user", text)
 
@@ -217,6 +214,8 @@ def parse_pair(row: Row) -> Iterator[Example]:
 
 def parse_alpaca_eval(row: Row) -> Iterator[Example]:
     """{instruction, output_1, output_2, preference}: see `get_preference`."""
+    # A row without judgement still has a good prompt, so it is no bad row: the flaw keeps it from
+    # the reward model alone.
     preference = get_preference(row)
     flaw = "not annotated (preference: null)" if preference is None else ""
     if preference is None or preference == 1.5:
@@ -237,6 +236,8 @@ def parse_ranked(row: Row) -> Iterator[Example]:
         orders.append(ranks_of(get_numbers(row, "scores")))
     if row.get("ranks") is not None:
         orders.append(get_numbers(row, "ranks"))
+
+    # With both there is one order to learn, the ranks; the scores must not say the opposite.
     if not responses or not orders:
         rule = "'responses' and their 'ranks' or 'scores' are needed"
         raise BadRow(rule, f"keys: {', '.join(row)}")
@@ -248,11 +249,9 @@ def parse_ranked(row: Row) -> Iterator[Example]:
 
 
 def parse_ultrafeedback(row: Row) -> Iterator[Example]:
-    """{instruction, completions: [{response, fine-grained_score?, overall_score?}, ...]}.
-
-    The fine-grained score, a mean over four aspects, goes first: overall scores of 1 were
-    published as 10.
-    """
+    """{instruction, completions: [{response, fine-grained_score?, overall_score?}, ...]}."""
+    # The fine-grained score, a mean over four aspects, goes first: overall scores of 1 were
+    # published as 10.
     completions = get_list(row, "completions", dict)
     responses = [get(completion, "response") for completion in completions]
     name = "fine-grained_score"
@@ -269,10 +268,8 @@ def parse_ultrafeedback(row: Row) -> Iterator[Example]:
 # Demonstrations and prompts
 
 def parse_alpaca(row: Row) -> Iterator[Example]:
-    """{instruction, input?, system?, history?, output?: text | [text, ...]}.
-
-    Alpaca-farm's output is a list of samples that nobody ranked.
-    """
+    """{instruction, input?, system?, history?, output?: text | [text, ...]}."""
+    # Alpaca-farm's output is a list of samples that nobody ranked: its prompts serve PPO.
     if isinstance(row.get("output"), list):
         responses = get_list(row, "output", str)
     else:
@@ -287,11 +284,11 @@ def parse_instances(row: Row) -> Iterator[Example]:
 
 
 def parse_dialogue(row: Row) -> Iterator[Example]:
-    """{messages | conversations | conversation | items: [...], system?, label?}.
-
-    ShareGPT, OpenAI; the label is KTO's.
-    """
+    """{messages | conversations | conversation | items: [...], system?, label?}."""
+    # ShareGPT's and OpenAI's. The label is KTO's: false marks an answer that nobody should imitate.
     flaw = "marked as undesirable (label: false)" if row.get("label") is False else ""
+
+    # Only these fields: a prompt beside the messages, which some sets have, repeats their start.
     dialogue = {name: row[name] for name in row if name in (*DIALOGUES, "system")}
     yield split_answer(any_prompt(dialogue), flaw)
 

@@ -48,6 +48,7 @@ def to_ranking(example: Example, source: str) -> Ranking:
     if example.ranks is None:
         raise BadRow("nothing is compared: no 'chosen' and 'rejected', no 'ranks', no 'scores'")
 
+    # Responses that differ in spaces at their borders alone are equal to every reader.
     texts = [text.strip() for text in example.responses]
     if len(texts) < 2:
         raise Uninformative("one response")
@@ -55,13 +56,16 @@ def to_ranking(example: Example, source: str) -> Ranking:
         raise Uninformative("all tied")
     if len(set(texts)) == 1:
         raise Uninformative("responses are equal")
+
+    # As many (text, rank) pairs as texts, or one text has two ranks.
     if len(set(zip(texts, example.ranks))) > len(set(texts)):
         raise BadRow("equal responses with different ranks")
     return Ranking(example.prompt, example.responses, example.ranks, source)
 
 
 def to_prompt(example: Example, source: str) -> Prompt:
-    """Keep the prompt; a single answer that is no sample out of several is its reference answer."""
+    """Keep the prompt, and its answer if there is just one that nobody compared."""
+    # One of several samples is no reference: nobody said that it is right.
     has_answer = example.ranks is None and len(example.responses) == 1
     return Prompt(example.prompt, source, example.responses[0] if has_answer else None)
 
@@ -100,6 +104,7 @@ def read_file(path: str | Path, make: Make, skip_bad: bool) -> tuple[list[Any], 
         else:
             records += made
 
+    # One row may give several records (self-instruct's instances): those are counted.
     for record in records:
         report.keep()
         for note in notes_on(record):
@@ -119,6 +124,7 @@ def read_files(
         records += rows
         total.add(report)
 
+    # Duplicates stay: to repeat a row is a common way to give it weight. But it is said.
     seen: set[Record] = set()
     for record in records:
         content = replace(record, source="")

@@ -15,6 +15,7 @@ LIGATURE = "\ufb01"     # "fi" in one character, which NFKC takes apart
 def ordinary_scores(tokenizer: Any) -> dict[str, float]:
     """Return piece -> score of the pieces that merges make: no control, unknown or byte pieces."""
     pieces = tokenizer.processor
+    # Byte pieces stand for what no merge can make; they are found by their name, <0x0A>.
     scores = {}
     for i in range(tokenizer.vocab_size):
         is_special = pieces.is_control(i) or pieces.is_unknown(i)
@@ -25,6 +26,8 @@ def ordinary_scores(tokenizer: Any) -> dict[str, float]:
 
 def merges_of(scores: dict[str, float]) -> list[str]:
     """Return BPE's merges as "left right", the one that is tried first in front."""
+    # sentencepiece keeps no list of merges: it joins any two neighbours whose whole is a piece, the
+    # best score first. So every way to cut a piece in two pieces is a merge.
     found = []
     for piece, score in scores.items():
         for n in range(1, len(piece)):
@@ -47,6 +50,8 @@ def normalizer_of(pieces: Any) -> dict:
         # Trained to take off spaces at the borders and to make one of several.
         steps.append({"type": "Replace", "pattern": {"Regex": r"\A +| +\z"}, "content": ""})
         steps.append({"type": "Replace", "pattern": {"Regex": " +"}, "content": " "})
+
+    # The dummy prefix, then spaces as pieces spell them.
     steps.append({"type": "Prepend", "prepend": SPACE})
     steps.append({"type": "Replace", "pattern": {"String": " "}, "content": SPACE})
     return {"type": "Sequence", "normalizers": steps}
