@@ -107,7 +107,7 @@ MUTANTS = [
     # resuming
     Mutant("kl_coef not restored", "train", 'state.get("kl_coef", config.kl_coef)', "config.kl_coef"),
     Mutant("reward moments not restored", "train", '*state.get("moments", ())', ""),
-    Mutant("optimizer silently fresh", "parallel", 'if key in state["optimizer_steps"]:', "if False:"),
+    Mutant("optimizer silently fresh", "parallel", 'if key not in state["optimizer_steps"]:', "if True:"),
     Mutant("data from the start again", "train", "config.batch_size, step, run.config.seed))", "config.batch_size, step - start, run.config.seed))"),
 ]
 

@@ -1,4 +1,4 @@
-"""The plan against what real runs allocate, by the profiler, and against itself where it extrapolates."""
+"""The plan against what real runs allocate, and against itself where it extrapolates."""
 
 import subprocess
 import sys
@@ -157,7 +157,7 @@ def bytes_of(kind, shape: ModelConfig) -> int:
 
 @pytest.mark.parametrize("stage", ["ppo rollout", "ppo update"])
 def test_no_critic_is_no_memory(monkeypatch, stage):
-    """Parameters and moments go; the peak, the actor's step, has the actor's gradients either way."""
+    """Parameters and moments go; the actor's step, the peak, has its gradients either way."""
     whole = tiny_planner()
     before = planner.STAGES[stage](whole)
     monkeypatch.setattr(type(whole.config.ppo), "has_critic", False, raising=False)
