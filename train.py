@@ -35,7 +35,7 @@ from run.annotation import run_annotate, run_sample
 from run.comparison import compare
 from run.folder import (Run, keep, load_model, open_folder, prepare_tokenizer, record_config,
                         restore, save_model, timings)
-from run.models import (Reward, answer, base_model, check_tokenizer, open_reward, policy_path,
+from run.models import (answer, base_model, check_tokenizer, open_reward, policy_path,
                         ppo_models, ranker, score_all, to_text)
 from run.settings import Config, check_ranks, parse_args, reward_shape, usage
 from run.sources import Ranked, Source, open_source, reward_batch, sft_batch
@@ -278,7 +278,7 @@ def run_ppo(run: Run, source: Source) -> None:
                 "one that is scored; ratios and KL are biased")
     prompts = source.prompts_to_train()
     demonstrations = source.demonstrations() if config.ptx_coef else []
-    payer = open_reward(run, config.reward)
+    score = open_reward(run, config.reward).score
     models = ppo_models(run)
     trained = {"actor": Learner(models.actor, parallel.adamw(models.actor, config.weight_decay))}
     if models.critic:
@@ -298,7 +298,7 @@ def run_ppo(run: Run, source: Source) -> None:
     for iteration in range(start, config.iterations):
         began = time.perf_counter()
         # 1, 2  episodes, and what the models say of them
-        rollout = roll_out(run, models, payer, prompts, iteration)
+        rollout = roll_out(run, models, score, prompts, iteration)
         # 3, 4, 5  rewards and advantages
         rollout, stats = ppo.assign_credit(rollout, config, controller.kl_coef, run.machine.world,
                                            rescale)
@@ -328,7 +328,7 @@ def run_ppo(run: Run, source: Source) -> None:
     save_model(run, models.actor, "ppo")
 
 
-def roll_out(run: Run, models: ppo.Models, payer: Reward, prompts: Sequence[Prompt],
+def roll_out(run: Run, models: ppo.Models, score: ppo.Score, prompts: Sequence[Prompt],
              iteration: int) -> ppo.Rollout:
     """Draw the episodes of an iteration, each rank its part; return those of all ranks."""
     config, machine = run.config.ppo, run.machine
@@ -341,12 +341,12 @@ def roll_out(run: Run, models: ppo.Models, payer: Reward, prompts: Sequence[Prom
     rows = [iteration * config.batch_size + i for i in mine]
     with machine.autocast():
         rollout = ppo.collect(
-            models, [episodes[i] for i in mine], rows, config, payer.score,
+            models, [episodes[i] for i in mine], rows, config, score,
             run.config.data.max_response_tokens, run.tokenizer.eos_id,
             derive(run.config.seed, "rollout"), parallel.gathered,
             partial(gather_rollouts, machine))
-    for model in (*models, payer.model):
-        if model:  # a forward without backward leaves FSDP's root gathered
+    for model in (models.actor, models.critic):
+        if model:  # a forward without backward leaves the root of a trained model gathered
             parallel.reshard(model)
     return rollout
 
