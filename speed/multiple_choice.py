@@ -2,9 +2,10 @@
 
     python speed/multiple_choice.py FILE --tokenizer=FILE [--dim=512] [--layers=8]
 
-FILE is ARC in Hugging Face's fields, as JSON lines. Both programs score the same token ids with the same
-random weights in float32, in one process; reading and encoding are not timed. Each first finds its best
-batch size on 64 questions. Needs `pip install lm_eval transformers` and a LLaMA tokenizer.model.
+FILE is ARC in Hugging Face's fields, as JSON lines. Both programs score the same token ids with the
+same random weights in float32, in one process; reading and encoding are not timed. Each first finds
+its best batch size on 64 questions. Needs `pip install lm_eval transformers` and a LLaMA
+tokenizer.model.
 """
 from __future__ import annotations
 
@@ -29,12 +30,12 @@ from model import ModelConfig, Transformer, init_weights
 from parallel import Machine
 from weights import load_pretrained, save_pretrained
 
-REQUESTS_PER_BATCH = (4, 8, 16, 32)     # tried for the harness, whose batches are counted in requests
+REQUESTS_PER_BATCH = (4, 8, 16, 32)     # tried for the harness, which counts a batch in requests
 TOKENS_PER_BATCH = (512, 1024, 2048, 4096)  # tried for this code
 TRIED_ON = 64                           # questions
 
 Requests = Sequence[Sequence[Request]]              # of every question
-Program = Callable[[int, Requests], list[float]]    # (batch size, requests) -> log-likelihoods [nats]
+Program = Callable[[int, Requests], list[float]]    # (batch size, requests) -> logprobs [nats]
 
 
 class Run(NamedTuple):
@@ -86,7 +87,7 @@ def harness_program(folder: Path) -> Program:
     def score(batch_size: int, requests: Requests) -> list[float]:
         harness.batch_size_per_gpu = batch_size
         flat = [request for question in requests for request in question]
-        # The first field stands for the texts, by which the harness finds requests that it has seen.
+        # The first field stands for the texts, by which the harness knows a request again.
         rows = [
             (("", str(i)), list(request.context), list(request.continuation))
             for i, request in enumerate(flat)
@@ -107,7 +108,7 @@ def make_model(dim: int, layers: int, vocab_size: int) -> Transformer:
 
 
 def main() -> None:
-    """Print seconds of both programs, their ratio, and the largest difference of a log-likelihood."""
+    """Print seconds of both, their ratio, and the largest difference of a log-likelihood."""
     parser = argparse.ArgumentParser()
     parser.add_argument("file", type=Path)
     parser.add_argument("--tokenizer", type=Path, required=True)

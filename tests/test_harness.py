@@ -26,12 +26,13 @@ SHARED = Path(__file__).parents[2] / "shared" / "data"
 if not SHARED.is_dir():
     pytest.skip("needs ../shared/data, real benchmark files", allow_module_level=True)
 os.environ.update(
-    HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", DISABLE_MULTIPROC="1")
+    HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false", DISABLE_MULTIPROC="1")
 lm_eval = pytest.importorskip("lm_eval")
 transformers = pytest.importorskip("transformers")
 
 class File(NamedTuple):
-    """A task's questions: its record in the harness, and the file it is asked from in both programs."""
+    """A task's questions: its record in the harness, and the file both programs ask from."""
     yaml: str
     split: str                          # what the harness calls it
     target: str                         # where the copy for the test lies
@@ -49,13 +50,15 @@ class Shots(NamedTuple):
 
 LAMBADA = "lambada/lambada_openai"
 FILES = {
-    "arc_easy": File("arc/arc_easy.yaml", "test", "arc_easy/test.jsonl", "arc_easy/validation.jsonl", 25),
+    "arc_easy": File(
+        "arc/arc_easy.yaml", "test", "arc_easy/test.jsonl", "arc_easy/validation.jsonl", 25),
     "winogrande": File(
         "winogrande/default.yaml", "validation", "winogrande/validation.jsonl",
         "winogrande/validation.jsonl", 25),
     "lambada_openai": File(f"{LAMBADA}.yaml", "test", f"{LAMBADA}.jsonl", f"{LAMBADA}.jsonl", 25),
     "mmlu": File(
-        "mmlu/default/mmlu_abstract_algebra.yaml", "test", "mmlu/test.jsonl", "mmlu/test.jsonl", 10),
+        "mmlu/default/mmlu_abstract_algebra.yaml", "test", "mmlu/test.jsonl", "mmlu/test.jsonl",
+        10),
     "truthfulqa_mc2": File(
         "truthfulqa/truthfulqa_mc2.yaml", "validation", "truthfulqa/rows.jsonl",
         "truthfulqa/mc_task.json", 12),
@@ -133,7 +136,7 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
 
 
 def write_spec(folder: Path, name: str) -> str:
-    """Write a task of the harness with the files in `folder` in place of its own; return the path."""
+    """Write a task of the harness with files in `folder` in place of its own; return the path."""
     file = FILES[name]
     shots = SHOTS.get(name)
     # All splits that the harness's record names must exist; those not asked for are never read.
@@ -193,7 +196,8 @@ def compare(name: str, theirs: dict, engine: Engine, folder: Path) -> None:
 def test_harness_and_this_code_agree(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     model = Transformer(ModelConfig(
-        dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=32000, ffn_dim=128, max_seq_len=1024))
+        dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=32000, ffn_dim=128,
+        max_seq_len=1024))
     init_weights(model, 0)
     save_pretrained(model, tmp_path / "model", Tokenizer(SHARED / "tokenizer"))
     for file in FILES.values():
@@ -203,7 +207,8 @@ def test_harness_and_this_code_agree(tmp_path, monkeypatch):
 
     theirs = harness_results(tmp_path, tmp_path / "model")
     machine = Machine(0, 1, torch.device("cpu"), torch.float32)
-    engine = Engine(load_pretrained(tmp_path / "model"), Tokenizer(tmp_path / "model"), machine, 4096)
+    tokenizer = Tokenizer(tmp_path / "model")
+    engine = Engine(load_pretrained(tmp_path / "model"), tokenizer, machine, 4096)
     for name in FILES:
         compare(name, theirs, engine, tmp_path)
     questions = read_questions("gsm8k", TASKS["gsm8k"], tmp_path, None, 0)
