@@ -41,7 +41,7 @@ def programs(problems: list[dict], completions: list[str]) -> list[str]:
 
 @needs_shared
 def test_official_solutions_pass_and_the_official_smoke_file_scores_one_half(monkeypatch):
-    # One of MBPP's takes nearly three seconds of processor time, more by the clock of a busy machine.
+    # One of MBPP's takes nearly three seconds of processor time: more by a busy machine's clock.
     monkeypatch.setattr(sandbox, "DEADLINE", 30.0)
     folder = SHARED / "eval" / "humaneval"
     with gzip.open(folder / "HumanEval.jsonl.gz", "rt") as file:
