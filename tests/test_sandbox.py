@@ -41,8 +41,9 @@ def programs(problems: list[dict], completions: list[str]) -> list[str]:
 
 @needs_shared
 def test_official_solutions_pass_and_the_official_smoke_file_scores_one_half(monkeypatch):
-    # One of MBPP's takes nearly three seconds of processor time: more by a busy machine's clock.
-    monkeypatch.setattr(sandbox, "DEADLINE", 30.0)
+    # One of MBPP's takes nearly the three seconds of processor time: more on a busy machine.
+    monkeypatch.setattr(sandbox, "SECONDS", 20)
+    monkeypatch.setattr(sandbox, "DEADLINE", 60.0)
     folder = SHARED / "eval" / "humaneval"
     with gzip.open(folder / "HumanEval.jsonl.gz", "rt") as file:
         problems = [json.loads(line) for line in file]
