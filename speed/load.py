@@ -7,8 +7,8 @@ unless it is there, and loads it with 2 ranks into float32.
 
 Memory is what the kernel says of each process in /proc/self/status, the interpreter and its
 libraries included: RssAnon (private to it), RssFile (mapped files, counted in full though ranks
-share pages) and VmHWM, the largest sum of both at any moment. "cold" means that the files were dropped
-from the page cache before. Reading is timed into a buffer that is used again and into fresh memory,
+share pages) and VmHWM, the largest sum of both at any moment. "cold" means that the files were
+dropped from the page cache before. Reading is timed into a buffer used again and into fresh memory,
 because fresh memory, which a model needs too, can cost more than the disk. CPU seconds are given
 because other programs may be using the processors.
 """

@@ -40,24 +40,27 @@ def programs(problems: list[dict], completions: list[str]) -> list[str]:
 
 
 @needs_shared
-def test_official_solutions_pass_and_the_official_smoke_file_scores_one_half(monkeypatch):
+def test_official_solutions_pass(monkeypatch):
     # One of MBPP's takes nearly the three seconds of processor time: more on a busy machine.
     monkeypatch.setattr(sandbox, "SECONDS", 20)
     monkeypatch.setattr(sandbox, "DEADLINE", 60.0)
-    folder = SHARED / "eval" / "humaneval"
-    with gzip.open(folder / "HumanEval.jsonl.gz", "rt") as file:
+    with gzip.open(SHARED / "eval" / "humaneval" / "HumanEval.jsonl.gz", "rt") as file:
         problems = [json.loads(line) for line in file]
     solutions = [problem["canonical_solution"] for problem in problems]
     assert sum(sandbox.check_all(programs(problems, solutions))) == len(problems) == 110
-
-    samples = [sample["completion"] for sample in read_jsonl(folder / "example_samples.jsonl")]
-    right = sandbox.check_all(programs(read_jsonl(folder / "example_problem.jsonl") * 6, samples))
-    assert pass_at_k(len(samples), sum(right), 1) == 0.5
 
     rows = read_jsonl(SHARED / "eval" / "mbpp" / "mbpp.jsonl")
     assert all(sandbox.check_all([
         "\n".join([row["code"], row["test_setup_code"], *row["test_list"]]) for row in rows
     ]))
+
+
+@needs_shared
+def test_the_official_smoke_file_scores_one_half():
+    folder = SHARED / "eval" / "humaneval"
+    samples = [sample["completion"] for sample in read_jsonl(folder / "example_samples.jsonl")]
+    right = sandbox.check_all(programs(read_jsonl(folder / "example_problem.jsonl") * 6, samples))
+    assert pass_at_k(len(samples), sum(right), 1) == 0.5
 
 
 def test_harmless_programs_pass(tmp_path):
