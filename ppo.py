@@ -79,6 +79,7 @@ class PPOConfig(SamplingConfig):
     critic_warmup: int = 0              # first iterations in which only the critic learns
 
     def __post_init__(self) -> None:
+        """Refuse what would do nothing, or something else than it says."""
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"ppo.{name}={getattr(self, name)!r}: use {one_of(choices)}")
@@ -99,6 +100,11 @@ class PPOConfig(SamplingConfig):
     @property
     def has_critic(self) -> bool:
         return self.advantage not in CRITIC_FREE
+
+    @property
+    def steps_per_rollout(self) -> int:
+        """Optimizer steps of each trained model per iteration."""
+        return self.epochs * self.batch_size // self.minibatch_size
 
 
 def one_of(choices: Collection[str]) -> str:
@@ -417,7 +423,7 @@ def learn(rollout: Rollout, config: PPOConfig, updates: Sequence[Update], seed: 
             for update in updates:
                 stats.update(update(batches, len(steps)))
             steps.append(stats)
-    assert len(steps) == config.epochs * config.batch_size // config.minibatch_size
+    assert len(steps) == config.steps_per_rollout
     return steps
 
 

@@ -38,7 +38,7 @@ from run.folder import (Run, keep, load_model, open_folder, prepare_tokenizer, r
 from run.models import (base_model, calibration, check_tokenizer, open_reward, pair_accuracy,
                         policy_path, ppo_models, ranker, to_text)
 from run.settings import Config, check_ranks, parse_args, reward_shape, usage
-from run.sources import Ranked, Source, open_source, reward_batch, sft_batch
+from run.sources import Source, hold_out, open_source, reward_batch, sft_batch
 
 
 # ---------------------------------------------------------------------------------------------
@@ -212,22 +212,6 @@ def reward_start(run: Run, source: Source) -> Path:
     return run.needed("reward_sft", "reward")
 
 
-def hold_out(ranked: Sequence[Ranked], share: float) -> tuple[list[Ranked], list[Ranked]]:
-    """Split rankings, by prompt, into those for measuring accuracy and those to train on.
-
-    Else a prompt that was drawn twice would be trained on and count as unseen.
-    """
-    # the rankings are shuffled, so the first prompts are any prompts
-    prompts = list(dict.fromkeys(tuple(ranking.prompt) for ranking, _ in ranked))
-    chosen = set(prompts[:max(1, round(share * len(prompts)))])
-    held = [one for one in ranked if tuple(one.ranking.prompt) in chosen]
-    rest = [one for one in ranked if tuple(one.ranking.prompt) not in chosen]
-    if not rest:
-        raise ValueError(f"{len(ranked)} rankings with a pair are too few to train on and to hold "
-                         f"out {len(held)}")
-    return held, rest
-
-
 def run_reward(run: Run, source: Source) -> None:
     """ICE-Reward."""
     config = run.config.reward
@@ -284,8 +268,7 @@ def run_ppo(run: Run, source: Source) -> None:
                                           config.kl_horizon)
     moments = RunningMoments(**state.get("moments", {}))
     rescale = moments.rescale if config.score_scale == "running" else ppo.identity
-    steps_per_rollout = config.epochs * config.batch_size // config.minibatch_size
-    checkpoint_every = -(-run.config.checkpoint_every // steps_per_rollout)  # in iterations
+    checkpoint_every = -(-run.config.checkpoint_every // config.steps_per_rollout)  # iterations
     bar = run.bar("ppo", config.iterations, start)
 
     for iteration in range(start, config.iterations):
@@ -296,22 +279,12 @@ def run_ppo(run: Run, source: Source) -> None:
         rollout, stats = ppo.assign_credit(rollout, config, controller.kl_coef, run.machine.world,
                                            rescale)
         rolled = time.perf_counter()
-        # 6  epochs x minibatches of updates. While the critic warms up it learns alone: advantages
-        #    of a critic that knows nothing would only shake the policy.
-        peaks = {"lr": config.lr, "critic_lr": config.critic_lr}
-        lrs = {name: lr_at(iteration, config.iterations, peak, config.lr_end, config.warmup)
-               for name, peak in peaks.items()}
-        first = iteration * steps_per_rollout
-        updates = []
-        if iteration >= config.critic_warmup or not models.critic:
-            updates.append(partial(update_actor, run, trained["actor"], lrs["lr"],
-                                   controller.kl_coef, demonstrations, first))
-        if models.critic:
-            updates.append(partial(update_critic, run, trained["critic"], lrs["critic_lr"]))
+        # 6  epochs x minibatches of updates
+        updates = updates_of(run, trained, iteration, controller.kl_coef, demonstrations)
         steps = ppo.learn(rollout, config, updates, derive(run.config.seed, "learn", iteration),
                           run.machine.microbatches)
 
-        stats.update(summary(steps), kl_coef=controller.kl_coef, **lrs,
+        stats.update(summary(steps), kl_coef=controller.kl_coef,
                      seconds_rollout=rolled - began, seconds_update=time.perf_counter() - rolled)
         # kl_coef for the next iteration, from the KL of this one before its updates
         if config.kl_target > 0:
@@ -358,6 +331,24 @@ def gather_rollouts(machine: Machine, rollout: ppo.Rollout) -> list[ppo.Rollout]
     return [part.to(machine.device) for part in parts]
 
 
+def updates_of(run: Run, trained: Mapping[str, Learner], iteration: int, kl_coef: float,
+               demonstrations: Sequence[data.TokenizedDialogue]) -> list[ppo.Update]:
+    """Return what takes the optimizer steps of an iteration, one function per trained model."""
+    config = run.config.ppo
+    lr, critic_lr = (lr_at(iteration, config.iterations, peak, config.lr_end, config.warmup)
+                     for peak in (config.lr, config.critic_lr))
+    updates: list[ppo.Update] = []
+    # While the critic warms up it learns alone: advantages of a critic that knows nothing would
+    # only shake the policy.
+    if iteration >= config.critic_warmup or not config.has_critic:
+        first = iteration * config.steps_per_rollout
+        updates.append(partial(update_actor, run, trained["actor"], lr, kl_coef, demonstrations,
+                               first))
+    if config.has_critic:
+        updates.append(partial(update_critic, run, trained["critic"], critic_lr))
+    return updates
+
+
 def update_actor(run: Run, learner: Learner, lr: float, kl_coef: float,
                  demonstrations: Sequence[data.TokenizedDialogue], first: int,
                  batches: Sequence[ppo.Rollout], step: int) -> dict[str, float]:
@@ -375,7 +366,8 @@ def update_actor(run: Run, learner: Learner, lr: float, kl_coef: float,
         terms.append(Term(ptx_loss, [sft_batch([demonstrations[i] for i in part],
                                                run.machine.device) for part in parts],
                           config.ptx_coef))
-    return update(*learner, terms, lr, config.max_grad_norm, run.machine, "actor_grad_norm")
+    stats = update(*learner, terms, lr, config.max_grad_norm, run.machine, "actor_grad_norm")
+    return {**stats, "lr": lr}
 
 
 def ptx_loss(model: nn.Module, batch: sft.Batch) -> tuple[Tensor, ppo.Stats]:
@@ -389,7 +381,8 @@ def update_critic(run: Run, learner: Learner, lr: float, batches: Sequence[ppo.R
     """Take an optimizer step of the critic."""
     config = run.config.ppo
     terms = [Term(partial(ppo.critic_loss, config=config), batches)]
-    return update(*learner, terms, lr, config.max_grad_norm, run.machine, "critic_grad_norm")
+    stats = update(*learner, terms, lr, config.max_grad_norm, run.machine, "critic_grad_norm")
+    return {**stats, "critic_lr": lr}
 
 
 def show_iteration(run: Run, step: int, rollout: ppo.Rollout, stats: Mapping[str, float],
