@@ -152,7 +152,7 @@ def run_fork(name: str, place: Path) -> Measured:
         lines += int(added) + int(removed)
         files.append(file)
     if lines > fork.lines or len(files) > fork.files:
-        raise ValueError(f"{lines} lines in {len(files)} files; {fork.lines} in {fork.files} allowed")
+        raise ValueError(f"{lines} lines in {len(files)} files; limit {fork.lines} in {fork.files}")
     call(["git", "apply", patch], copy)
 
     # 3. The run, and what it left.
