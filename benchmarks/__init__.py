@@ -2,7 +2,8 @@
 
     items      what a question is, and what a model said to it
     metrics    what an answer is worth, with formulas.py for answers that are formulas
-    tasks      one record per benchmark: how its rows become questions, which metrics count; texts.py holds its fixed words
+    tasks      one record per benchmark: how its rows become questions, and which metrics count
+    texts      the fixed words of their prompts
     reading    files to items
     questions  items to questions with demonstrations, questions to token ids
     trees      the choices of one question as branches of one row
@@ -12,5 +13,6 @@
     report     the tables and the files
     command    `eval.py run`
 
-A benchmark of your own is one record in tasks.py, or no code at all: a file of {query, choices, gold}.
+A benchmark of your own is one record in tasks.py, or no code at all: a file of
+{query, choices, gold}.
 """

@@ -41,7 +41,7 @@ def answer_questions(
 def check_programs(
     name: str, questions: Sequence[Question], outcomes: Sequence[Sequence[Outcome]], engine: Engine
 ) -> dict[int, int]:
-    """Run the programs of code problems; return index of a question -> how many of its samples are right."""
+    """Run the programs of code problems; return index of a question -> right samples of it."""
     owners = []
     programs = []
     for i, (question, samples) in enumerate(zip(questions, outcomes)):
@@ -57,7 +57,11 @@ def check_programs(
 
 
 def measure(
-    name: str, task: Task, questions: Sequence[Question], outcomes: Sequence[Sequence[Outcome]], engine: Engine
+    name: str,
+    task: Task,
+    questions: Sequence[Question],
+    outcomes: Sequence[Sequence[Outcome]],
+    engine: Engine,
 ) -> dict[str, Values]:
     """Return metric -> index of a question -> its value."""
     values: dict[str, Values] = {}
@@ -85,14 +89,15 @@ def by_part(values: Values, questions: Sequence[Question]) -> dict[str, list[flo
 def describe(
     i: int, question: Question, samples: Sequence[Outcome], values: dict[str, Values]
 ) -> dict[str, Any]:
-    """Return a question without its demonstrations, what the model said and what that earned, as plain JSON."""
+    """Return a question, what the model said and what that earned, as plain JSON."""
     item = question.item
     if item.choices:
         said = {"choices": item.choices, "gold": item.gold, "logprobs": samples[0].logprobs}
     else:
         said = {"answers": item.answers, "texts": [outcome.text for outcome in samples]}
     earned = {metric: row[i] for metric, row in values.items() if i in row}
-    return {"part": question.part, "index": i, "query": item.queries or item.query, **said, "values": earned}
+    query = item.queries or item.query      # without the demonstrations
+    return {"part": question.part, "index": i, "query": query, **said, "values": earned}
 
 
 def evaluate(name: str, task: Task, questions: Sequence[Question], engine: Engine) -> Result:
@@ -114,7 +119,9 @@ def evaluate(name: str, task: Task, questions: Sequence[Question], engine: Engin
     measured = measure(name, task, kept_questions, outcomes, engine)
 
     # 3. ... and is turned back into the place among all questions, by which models are compared.
-    values = {metric: {kept[i]: value for i, value in row.items()} for metric, row in measured.items()}
+    values = {
+        metric: {kept[i]: value for i, value in row.items()} for metric, row in measured.items()
+    }
     result = Result(
         skipped=Counter(one.reason for one in asked if one.reason),
         truncated=sum(one.is_cut for one in kept_asked),

@@ -1,12 +1,13 @@
 """Public benchmarks with the numbers of lm-evaluation-harness, on one process or under torchrun.
 
     python eval.py run MODEL_DIR [MODEL_DIR ...] --tasks=arc_easy,general12 --data=FOLDER
-    torchrun --nproc_per_node=8 eval.py run MODEL_DIR --tasks=all --data=FOLDER --limit=200 --out=results
+    torchrun --nproc_per_node=8 eval.py run MODEL_DIR --tasks=all --data=FOLDER --out=results
 
-    files -> rows -> Item -> Question (demonstrations before it) -> token ids -> Outcome -> metrics -> table
+    files -> rows -> Item -> Question (with demonstrations) -> ids -> Outcome -> metrics -> table
 
-Every rank holds the model, reads the same questions and takes its share of them. Nothing is left out of a
-mean in silence: a row that cannot be read stops the program, a question that cannot be asked is counted.
+Every rank holds the model, reads the same questions and takes its share of them. Nothing is left
+out of a mean in silence: a row that cannot be read stops the program, a question that cannot be
+asked is counted.
 """
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ CPU_BATCH_TOKENS = 2048
 
 EPILOG = (
     f"tasks: {', '.join(TASKS)}; groups: {', '.join(GROUPS)}; "
-    "or a file.jsonl of {query, choices, gold}, {context, continuation} or {context, answer, aliases}"
+    "or a file.jsonl of "
+    "{query, choices, gold}, {context, continuation} or {context, answer, aliases}"
 )
 
 
@@ -75,7 +77,8 @@ def plan(names: str) -> Plan:
                 tasks.setdefault(member, name == member)  # the embedded world is a group of itself
         else:
             raise ValueError(
-                f"--tasks: no task {name!r}; there are {known}, and files of your own ending in .jsonl or .json"
+                f"--tasks: no task {name!r}; there are {known}, "
+                "and files of your own ending in .jsonl or .json"
             )
     return Plan(tasks, [name for name in given if len(GROUPS.get(name, ())) > 1])
 
@@ -105,12 +108,17 @@ def prepare(name: str, options: argparse.Namespace) -> Prepared:
     questions = read_questions(name, task, folder, options.limit, options.seed)
     if any(question.item.checks for question in questions):
         if not options.allow_code_execution:
-            raise Unavailable(f"{name} runs programs that the model writes: allow it with --allow-code-execution")
-        sandbox.passes("")  # whether programs can be confined shows before the model has written them
+            raise Unavailable(
+                f"{name} runs programs that the model writes: allow it with --allow-code-execution"
+            )
+        # Whether programs can be confined here shows now, not after the model has written them.
+        sandbox.passes("")
     return Prepared(task, questions)
 
 
-def prepare_all(tasks: dict[str, bool], options: argparse.Namespace) -> dict[str, Prepared | Result]:
+def prepare_all(
+    tasks: dict[str, bool], options: argparse.Namespace
+) -> dict[str, Prepared | Result]:
     """Read all files; a task that a group names and that cannot run becomes a result that says why.
 
     All are read before the first question is asked: a bad row shows at once, not after hours.
@@ -157,12 +165,14 @@ def run_template(folder: Path) -> str:
 
 
 def open_models(folders: Sequence[Path], is_spoken_to: bool) -> dict[str, Model]:
-    """Open the models' folders, not yet their weights: a wrong folder shows before the first is loaded.
+    """Open models' folders, not yet their weights: a wrong one shows before the first is loaded.
 
     is_spoken_to: there will be dialogues, so templates matter.
     """
     return {
-        name: Model(folder, open_tokenizer(folder), run_template(folder) if is_spoken_to else "plain")
+        name: Model(
+            folder, open_tokenizer(folder), run_template(folder) if is_spoken_to else "plain"
+        )
         for name, folder in name_folders(folders).items()
     }
 
@@ -204,22 +214,26 @@ def at_least(least: int) -> Any:
 def parse_options(args: Sequence[str]) -> argparse.Namespace:
     """Read the command line; an error exits with status 2."""
     parser = argparse.ArgumentParser(
-        "eval.py run", description="Public benchmarks with the prompts and metrics of lm-evaluation-harness.",
+        "eval.py run",
+        description="Public benchmarks with the prompts and metrics of lm-evaluation-harness.",
         epilog=EPILOG)
     parser.add_argument("models", type=Path, nargs="+", metavar="DIR",
-                        help="model folders with their tokenizer.model; of several, the last is compared with the one before it")
+                        help="model folders with their tokenizer.model; "
+                             "of several, the last is compared with the one before it")
     parser.add_argument("--tasks", required=True,
                         help="names of tasks, groups and files, separated by commas")
     parser.add_argument("--data", type=Path,
                         help="folder with the benchmarks' files")
     parser.add_argument("--shots", type=at_least(0),
-                        help="demonstrations before a question, from the task's train.jsonl (the harness's number)")
+                        help="demonstrations before a question, from the task's train.jsonl "
+                             "(the harness's number)")
     parser.add_argument("--limit", type=at_least(1),
-                        help="at most so many questions of every part of a task, drawn from the seed")
+                        help="at most so many questions of every part of a task, drawn by the seed")
     parser.add_argument("--seed", type=int, default=0,
                         help="of the questions drawn and of samples (0)")
     parser.add_argument("--batch_tokens", type=at_least(1),
-                        help=f"tokens of a batch, padding included ({GPU_BATCH_TOKENS} on a GPU, {CPU_BATCH_TOKENS} on a CPU)")
+                        help="tokens of a batch, padding included "
+                             f"({GPU_BATCH_TOKENS} on a GPU, {CPU_BATCH_TOKENS} on a CPU)")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
                         help="of the model (auto: bfloat16 on a GPU)")
     parser.add_argument("--samples", type=at_least(1), default=1,
@@ -233,7 +247,10 @@ def parse_options(args: Sequence[str]) -> argparse.Namespace:
 
 def settings_json(options: argparse.Namespace) -> dict[str, Any]:
     """Return the command line as plain JSON, the models last."""
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+    settings = {
+        key: str(value) if isinstance(value, Path) else value
+        for key, value in vars(options).items()
+    }
     del settings["models"]
     return {**settings, "models": [str(folder) for folder in options.models]}
 
@@ -258,7 +275,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def main(args: Sequence[str]) -> None:
-    """Be the command `eval.py run`; what cannot be done ends the program with one line and status 2."""
+    """Be the command `eval.py run`; what cannot be done ends it with one line and status 2."""
     options = parse_options(args)
     try:
         run(options)

@@ -26,7 +26,7 @@ class Engine:
     tokenizer: Tokenizer
     machine: parallel.Machine
     batch_tokens: int                   # slots of a batch, padding included
-    samples: int = 1                    # programs per code problem: one is greedy, several are drawn
+    samples: int = 1                    # programs per code problem: 1 is greedy, more are drawn
     seed: int = 0
     template: str = "plain"             # of dialogues: the one that the model was trained with
 
@@ -37,7 +37,8 @@ class Engine:
     def batches(self, lengths: Sequence[int], name: str) -> Iterator[list[int]]:
         """Yield this rank's share of things by index, as many as fit into a batch; shows progress.
 
-        Similar lengths go together, so that little is padded, and every rank gets as many long ones as the others.
+        Similar lengths go together, so that little is padded, and every rank gets as many long ones
+        as the others.
         """
         longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
         mine = longest_first[self.machine.rank::self.machine.world]
@@ -65,15 +66,16 @@ class Engine:
         everything = merged(found)
         if any(math.isnan(one.logprob) for one in everything.values()):
             raise ValueError(
-                f"{name}: the model answers NaN; its weights are damaged, or it overflows: try --dtype=float32"
+                f"{name}: the model answers NaN; its weights are damaged, "
+                "or it overflows: try --dtype=float32"
             )
         return [[everything[i] for i in indices] for indices in numbered]
 
     def write(self, prompts: Sequence[Sequence[int]], task: Task, name: str) -> list[list[str]]:
         """Return `samples` continuations of every prompt, cut at the first stop string."""
         until = (*task.until, END_OF_TEXT)
-        # The last so many tokens hold a stop string that has just been completed: none of its tokens is
-        # shorter than a byte, and decoding may take the first one's space away.
+        # The last so many tokens hold a stop string that has just been completed: none of its
+        # tokens is shorter than a byte, and decoding may take the first one's space away.
         window = max(len(stop.encode()) for stop in until) + 1
 
         def stopped(ids: list[int]) -> bool:
@@ -81,7 +83,8 @@ class Engine:
             return any(stop in text for stop in until)
 
         rows = [list(prompt) for prompt in prompts for _ in range(self.samples)]
-        # One program is the most probable one; for pass@k they must differ, drawn as Chen et al. 2021 do.
+        # One program is the most probable one; for pass@k they must differ, drawn as Chen et al.
+        # 2021 do.
         temperature, top_p = (0.0, 1.0) if self.samples == 1 else (0.8, 0.95)
         found: dict[int, str] = {}
         for batch in self.batches([len(row) + task.max_new_tokens for row in rows], name):
@@ -97,7 +100,7 @@ class Engine:
         return [in_order[i:i + self.samples] for i in range(0, len(rows), self.samples)]
 
     def decode(self, ids: Sequence[int], task: Task) -> str:
-        """Return the text of what was written: an answer in the model's template, or plain text that goes on."""
+        """Return the text of ids written: an answer in the model's template, or a continuation."""
         if task.is_dialogue:
             return decode_response(self.tokenizer, ids, self.template)
         return self.tokenizer.decode(ids)
@@ -114,7 +117,8 @@ class Engine:
 
 def merged(found: dict[int, Any]) -> dict[int, Any]:
     """Return what all ranks have found, by index."""
-    return {index: value for part in parallel.gather_objects(found) for index, value in part.items()}
+    parts = parallel.gather_objects(found)
+    return {index: value for part in parts for index, value in part.items()}
 
 
 def cut_text(text: str, until: Sequence[str]) -> str:

@@ -1,7 +1,7 @@
 r"""Answers that are formulas, compared as AGIEval and the harness compare them.
 
-Nothing is computed: two formulas are equal if their texts are, once what does not change a value is taken
-off (\left, \tfrac, degrees, blanks) and short forms are written out (\frac12, \sqrt3).
+Nothing is computed: two formulas are equal if their texts are, once what does not change a value is
+taken off (\left, \tfrac, degrees, blanks) and short forms are written out (\frac12, \sqrt3).
 Source: Hendrycks et al. 2021, whose order of steps decides in odd cases.
 """
 from __future__ import annotations
@@ -11,7 +11,8 @@ import re
 NUMBER = r"(?:\$)?\d+(?:\.\d+)?(?![\w\d])"
 BOX = "\\boxed"
 REPLACED = (
-    ("\n", ""), ("\\!", ""), ("\\\\", "\\"), ("tfrac", "frac"), ("dfrac", "frac"), ("\\left", ""), ("\\right", ""),
+    ("\n", ""), ("\\!", ""), ("\\\\", "\\"), ("tfrac", "frac"), ("dfrac", "frac"),
+    ("\\left", ""), ("\\right", ""),
     ("^{\\circ}", ""), ("^\\circ", ""), ("\\$", ""),
 )
 
@@ -33,7 +34,7 @@ def boxed_answer(text: str) -> str | None:
 
 
 def math_answer(text: str) -> str | None:
-    r"""Find the answer in a solution: in the last \boxed{}, else $...$, else after =, else the last number."""
+    r"""Find the answer in a solution: the last \boxed{}, $...$, what follows =, or a number."""
     if BOX in text:
         return boxed_answer(text)
     dollars = re.findall(r"\$(.*)\$", text)
@@ -46,7 +47,7 @@ def math_answer(text: str) -> str | None:
 
 
 def brace_arguments(text: str, command: str, count: int) -> str:
-    r"""Write \sqrt3 as \sqrt{3} and \frac12 as \frac{1}{2}; IndexError where nothing follows the command.
+    r"""Write \sqrt3 as \sqrt{3}, \frac12 as \frac{1}{2}; IndexError where nothing follows.
 
     count: arguments that the command takes, 1 or 2.
     """
@@ -65,7 +66,7 @@ def brace_arguments(text: str, command: str, count: int) -> str:
 
 
 def plain_math(text: str) -> str:
-    """Strip what does not change a formula's value; ValueError or IndexError if it is no formula."""
+    """Strip what does not change a formula's value; ValueError, IndexError if it is no formula."""
     # 1. spellings that mean the same, and units that follow in words
     for old, new in REPLACED:
         text = text.replace(old, new)
@@ -98,5 +99,5 @@ def math_equal(text: str, truth: str) -> bool:
     right = math_answer(truth)
     try:
         return plain_math(mine) == plain_math(right)
-    except (AttributeError, ValueError, IndexError):  # no answer, or no formula: the raw texts decide
+    except (AttributeError, ValueError, IndexError):  # no answer, or no formula: compare as texts
         return mine == right

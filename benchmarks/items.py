@@ -7,14 +7,14 @@ from typing import NamedTuple
 
 @dataclass(frozen=True)
 class Item:
-    """One question. `gold` holds the indices of the right choices, `answers` the texts that count as right."""
+    """One question. gold: indices of the right choices; answers: the texts that count as right."""
     query: str = ""
     choices: tuple[str, ...] = ()
     gold: tuple[int, ...] = ()
     answers: tuple[str, ...] = ()
-    queries: tuple[str, ...] = ()       # partial scoring: one text per option; `choices` repeat what follows
+    queries: tuple[str, ...] = ()       # partial scoring: one text per option, `choices` repeat
     shown: str = ""                     # the answer in a demonstration, if not the first right one
-    checks: str = ""                    # program text that raises unless the code before it is right
+    checks: str = ""                    # program text that raises unless the code before is right
     opening: str = ""                   # program text before the generated code
 
     @property
@@ -33,7 +33,7 @@ class Item:
 class Likelihood(NamedTuple):
     """How likely a model finds a continuation."""
     logprob: float                      # of all its tokens together [nats]
-    is_greedy: bool                     # every token is the most probable one: greedy decoding would write it
+    is_greedy: bool                     # every token is the most probable one
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,11 @@ def acc(item: Item, outcome: Outcome) -> float:
 
 
 def acc_norm(item: Item, outcome: Outcome) -> float | None:
-    """Return 1.0 if the choice that is likeliest per character is a right one; None without choices.
+    """Return 1.0 if the choice likeliest per character is a right one; None without choices.
 
-    A long choice is less likely than a short one for its length alone. The harness divides by characters:
-    not by tokens, which would depend on the tokenizer, and not by bytes, though its paper says so. The
-    delimiter before the choice is not counted.
+    A long choice is less likely than a short one for its length alone. The harness divides by
+    characters: not by tokens, which would depend on the tokenizer, and not by bytes, though its
+    paper says so. The delimiter before the choice is not counted.
     """
     if not item.choices:
         return None
@@ -59,7 +59,7 @@ def is_greedy(item: Item, outcome: Outcome) -> float:
 # Texts
 
 def extract(pattern: str, which: int = 0) -> Callable[[str], str]:
-    """Make a filter that takes the which-th match of a pattern; of several groups the first not empty."""
+    """Make a filter: the which-th match of a pattern, of several groups the first not empty."""
     def apply(text: str) -> str:
         found = re.findall(pattern, text)
         if not found:

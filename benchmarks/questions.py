@@ -28,9 +28,10 @@ class Question:
 # ---------------------------------------------------------------------------------------------
 # Demonstrations
 
-# The harness keeps one stream of random numbers per part, seeded with 1234, and draws from it once per question,
-# in the order of the file. So a question's demonstrations depend on its place: the draws go through all questions,
-# in this order, or the prompts are not the harness's and neither are the numbers.
+# The harness keeps one stream of random numbers per part, seeded with 1234, and draws from it once
+# per question, in the order of the file. So a question's demonstrations depend on its place: the
+# draws go through all questions, in this order, or the prompts are not the harness's and neither
+# are the numbers.
 
 def choose_shots(
     task: Task, pool: Sequence[Item], count: int, item: Item, rng: random.Random
@@ -41,12 +42,13 @@ def choose_shots(
     if not task.spare_shot:
         return rng.sample(pool, count)
 
-    # The pool may hold the question itself, which would show its answer: one more is drawn, so that there
-    # are enough without it.
+    # The pool may hold the question itself, which would show its answer: one more is drawn, so that
+    # there are enough without it.
     others = [shot for shot in rng.sample(pool, count + 1) if shot != item]
     if len(others) >= count:
         return others[:count]
-    return rng.sample([shot for shot in pool if shot != item], count)  # the file holds the question twice
+    # The pool holds the question twice, or more often: draw from what is left.
+    return rng.sample([shot for shot in pool if shot != item], count)
 
 
 def draw_limited(items: Sequence[Item], limit: int | None, stream: str) -> Sequence[Item]:
@@ -57,7 +59,9 @@ def draw_limited(items: Sequence[Item], limit: int | None, stream: str) -> Seque
     return [items[i] for i in sorted(chosen)]
 
 
-def read_questions(name: str, task: Task, folder: Path, limit: int | None, seed: int) -> list[Question]:
+def read_questions(
+    name: str, task: Task, folder: Path, limit: int | None, seed: int
+) -> list[Question]:
     """Read a task's questions and put demonstrations before them.
 
     limit: at most so many of every part, drawn from `seed`.
@@ -88,7 +92,9 @@ def describe_part(name: str, task: Task, part: str, folder: Path) -> str:
     try:
         return task.describe(part, folder)
     except READ_ERRORS as error:
-        raise ValueError(f"{folder}: no description of the part {part!r} of {name} ({error})") from None
+        raise ValueError(
+            f"{folder}: no description of the part {part!r} of {name} ({error})"
+        ) from None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -99,7 +105,9 @@ def microcosm_strict(item: Item, outcome: Outcome) -> float:
     return rubric.metrics(item.query, outcome.text, item.answers[0])["strict"]
 
 
-MICROCOSM = Task(lambda row: None, (), {"strict": microcosm_strict}, max_new_tokens=32, is_dialogue=True)
+MICROCOSM = Task(
+    lambda row: None, (), {"strict": microcosm_strict}, max_new_tokens=32, is_dialogue=True
+)
 
 
 def microcosm_questions(limit: int | None, seed: int) -> list[Question]:
@@ -139,8 +147,8 @@ def texts_to_score(question: Question, delimiter: str) -> list[tuple[str, str]]:
 def encode_request(tokenizer: Tokenizer, context: str, continuation: str) -> Request:
     """Encode both together and cut by the length of the context.
 
-    Encoded alone, a continuation gets other ids. Spaces at the context's end belong to the continuation: in
-    the pieces of LLaMA a space opens a word. An empty context is the bos alone.
+    Encoded alone, a continuation gets other ids. Spaces at the context's end belong to the
+    continuation: in the pieces of LLaMA a space opens a word. An empty context is the bos alone.
     """
     if not context:
         return Request((tokenizer.bos_id,), tuple(tokenizer.encode(continuation)))
@@ -155,13 +163,14 @@ def encode_question(
     """Encode a question, or say why the model cannot be asked it. template: of a dialogue."""
     if question.item.choices:
         pairs = texts_to_score(question, task.delimiter)
-        requests = [encode_request(tokenizer, context, continuation) for context, continuation in pairs]
+        requests = [encode_request(tokenizer, before, after) for before, after in pairs]
         return check_requests(requests, context_size)
 
     room = context_size - task.max_new_tokens
     if room < 1:
         return Asked(
-            reason=f"{task.max_new_tokens} new tokens leave no room in the model's context of {context_size}"
+            reason=f"{task.max_new_tokens} new tokens leave no room "
+            f"in the model's context of {context_size}"
         )
     if task.is_dialogue:
         prompt = encode_prompt(tokenizer, (Message("user", question.item.query),), template)
@@ -174,7 +183,8 @@ def encode_question(
 def check_requests(requests: Sequence[Request], context_size: int) -> Asked:
     """Say whether these requests can be scored with so large a context."""
     if any(len(request.continuation) > context_size for request in requests):
-        return Asked(requests, reason=f"a choice is longer than the model's context of {context_size} tokens")
+        reason = f"a choice is longer than the model's context of {context_size} tokens"
+        return Asked(requests, reason=reason)
     if not all(request.continuation for request in requests):
         return Asked(requests, reason="a choice adds no token to the text before it")
     # one more than the context holds, because the last token is only predicted

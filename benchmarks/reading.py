@@ -1,4 +1,4 @@
-"""Files to items: the first pattern that matches, every row of it, or one line that says what is wrong.
+"""Files to items: every row of the first pattern that matches, or one line that says what is wrong.
 
     file -> rows -> Task.read -> Item, checked -> items by part (a subject, a language)
 """
@@ -21,7 +21,7 @@ MMLU_COLUMNS = ["Question", "A", "B", "C", "D", "Answer"]
 
 
 class Unavailable(ValueError):
-    """A task that cannot run here: it is left out of a group, and refused when asked for by name."""
+    """A task that cannot run here: left out of a group, and refused when asked for by name."""
 
 
 class Read(NamedTuple):
@@ -31,7 +31,7 @@ class Read(NamedTuple):
 
 
 def read_csv(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield (source, row) of a CSV file with a header, or without one and with the columns of Hendrycks' MMLU."""
+    """Yield (source, row) of a CSV file with a header, or without one as Hendrycks' MMLU is."""
     text = decode(path)
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     header: list[str] = []
@@ -49,18 +49,20 @@ def read_csv(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
                 )
             yield where, dict(zip(header, fields))
     except csv.Error as error:
-        raise ValueError(f"{path}:{reader.line_num}: broken CSV ({error}); was the file cut off?") from None
+        where = f"{path}:{reader.line_num}"
+        raise ValueError(f"{where}: broken CSV ({error}); was the file cut off?") from None
 
 
 def decode(path: Path) -> str:
     try:
         return read_bytes(path).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 (byte {error.start + 1}); convert it with iconv") from None
+        where = f"byte {error.start + 1}"
+        raise ValueError(f"{path}: not UTF-8 ({where}); convert it with iconv") from None
 
 
 def check_item(item: Item) -> None:
-    """Raise BadRow for a question without a right answer, or with a choice that cannot be scored."""
+    """Raise BadRow for a question with no right answer, or with a choice that cannot be scored."""
     texts = (item.query, *item.queries, *item.choices, *item.answers)
     if not all(isinstance(text, str) for text in texts):
         raise BadRow("query, choices and answers must be strings", f"got {texts}")
@@ -76,12 +78,13 @@ def check_item(item: Item) -> None:
     valid = range(len(item.choices))  # a negative index would name a choice from the end
     if not item.gold or not all(isinstance(i, int) and i in valid for i in item.gold):
         raise BadRow(
-            "no right answer among the choices", f"gold {list(item.gold)}, {len(item.choices)} choices"
+            "no right answer among the choices",
+            f"gold {list(item.gold)}, {len(item.choices)} choices",
         )
 
 
 def read_item(task: Task, raw: Any, stem: str) -> Read | None:
-    """Turn a row into an item and its part; None if it is not of the test split; BadRow says what is wrong.
+    """Turn a row into an item and its part; BadRow says what is wrong; None: not of the test split.
 
     stem: name of the file without its ending, which a task finds as row["file"].
     """

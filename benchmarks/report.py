@@ -13,10 +13,10 @@ from benchmarks.tasks import GROUPS
 from evaluation.plots import draw_tasks
 from formats.files import write_jsonl
 
-READING = """Values and standard errors as lm-evaluation-harness gives them. **change** is the last model
-less the one before it, question by question, with the 95 % interval of Agresti and Min (2005);
-**noise** marks an interval that holds 0. One interval in twenty misses the truth. Every question and
-answer is in answers.jsonl."""
+READING = """Values and standard errors as lm-evaluation-harness gives them. **change** is the last
+model less the one before it, question by question, with the 95 % interval of Agresti and Min
+(2005); **noise** marks an interval that holds 0. One interval in twenty misses the truth. Every
+question and answer is in answers.jsonl."""
 
 
 # ---------------------------------------------------------------------------------------------
@@ -43,7 +43,9 @@ def numbers_text(columns: Sequence[Number | None], changed: Change | None) -> st
     return text.rstrip()
 
 
-def row_text(task: str, shots: object, metric: str, n: object, skipped: object, numbers: str) -> str:
+def row_text(
+    task: str, shots: object, metric: str, n: object, skipped: object, numbers: str
+) -> str:
     """Lay out one line of the table."""
     return f"{task:24}{shots:>5}  {metric:30}{n:>7}{skipped:>9}{numbers}"
 
@@ -85,20 +87,24 @@ def group_lines(results: Results, groups: Sequence[str]) -> Iterator[str]:
 
 
 def note_lines(results: Results) -> Iterator[str]:
-    """Yield what was left out or cut, by model; the same for all models where a task was not run."""
+    """Yield what was left out or cut, by model; of a task that was not run, the same for all."""
     for model, tasks in results.items():
         for name, result in tasks.items():
             who = f"{model}, {name}" if len(results) > 1 else name
             for reason, count in result.skipped.items():
                 yield f"{who}: {count} skipped: {reason}" if count else f"{name}: not run: {reason}"
             if result.truncated:
-                yield f"{who}: {result.truncated} prompts longer than the model's context lost their beginning"
+                yield (
+                    f"{who}: {result.truncated} prompts longer than the model's context "
+                    "lost their beginning"
+                )
 
 
 def table(results: Results, groups: Sequence[str]) -> str:
-    """Lay out results for a terminal: a line per task and metric, one per group, then what was left out."""
+    """Lay out results for a terminal: a line per task and metric, one per group, then notes."""
     notes = dict.fromkeys(note_lines(results))  # each once
-    return "\n".join([heading(results), *task_lines(results), *group_lines(results, groups), *notes])
+    lines = [heading(results), *task_lines(results), *group_lines(results, groups)]
+    return "\n".join([*lines, *notes])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -122,8 +128,11 @@ def result_json(result: Result) -> dict[str, Any]:
     """Return the result of one task."""
     parts = {metric: plain_all(parts) for metric, parts in result.parts.items() if len(parts) > 1}
     return {
-        "metrics": plain_all(result.metrics), "shots": result.shots, "skipped": dict(result.skipped),
-        "truncated": result.truncated, "parts": parts,
+        "metrics": plain_all(result.metrics),
+        "shots": result.shots,
+        "skipped": dict(result.skipped),
+        "truncated": result.truncated,
+        "parts": parts,
     }
 
 
@@ -132,7 +141,9 @@ def to_json(results: Results, groups: Sequence[str], settings: dict[str, Any]) -
     grouped = {group: members(group, results) for group in groups}
     models = {
         model: {
-            "groups": plain_all({group: group_mean(names, tasks) for group, names in grouped.items()}),
+            "groups": plain_all({
+                group: group_mean(some, tasks) for group, some in grouped.items()
+            }),
             "tasks": {name: result_json(result) for name, result in tasks.items()},
         }
         for model, tasks in results.items()
@@ -140,7 +151,9 @@ def to_json(results: Results, groups: Sequence[str], settings: dict[str, Any]) -
     written = {"settings": settings, "models": models}
     if len(results) > 1:
         written["changes"] = {
-            "groups": plain_all({group: group_change(names, results) for group, names in grouped.items()}),
+            "groups": plain_all({
+                group: group_change(some, results) for group, some in grouped.items()
+            }),
             "tasks": {name: plain_all(row) for name, row in changes(results).items()},
         }
     return written
@@ -157,7 +170,11 @@ def answer_rows(results: Results) -> Iterator[dict[str, Any]]:
 def draw(results: Results) -> Any:
     """Draw the first metric of every task; None without matplotlib."""
     values = {
-        model: {name: result.metrics[result.first].value for name, result in tasks.items() if result.metrics}
+        model: {
+            name: result.metrics[result.first].value
+            for name, result in tasks.items()
+            if result.metrics
+        }
         for model, tasks in results.items()
     }
     changed = {}

@@ -31,7 +31,7 @@ class Summary(NamedTuple):
 
 
 class Change(NamedTuple):
-    """By how much a metric changed over the n questions both models were asked, and its 95 % interval."""
+    """By how much a metric changed over the n questions both were asked, and its 95 % interval."""
     value: float
     low: float
     high: float
@@ -43,11 +43,11 @@ class Result:
     """What came of a task. Without `metrics` it was not run, or no question could be asked."""
     metrics: dict[str, Number] = field(default_factory=dict)
     parts: dict[str, dict[str, Number]] = field(default_factory=dict)   # metric -> part -> number
-    skipped: Counter[str] = field(default_factory=Counter)  # reason -> questions; 0: why the task was not run at all
+    skipped: Counter[str] = field(default_factory=Counter)  # reason -> questions; 0: it was not run
     truncated: int = 0                                      # questions that lost tokens on the left
     shots: int = 0
     values: dict[str, Values] = field(default_factory=dict)
-    answers: list[dict[str, Any]] = field(default_factory=list)         # for people to read, see asking.describe
+    answers: list[dict[str, Any]] = field(default_factory=list)     # see asking.describe
 
     @property
     def first(self) -> str:
@@ -72,9 +72,10 @@ def standard_error(values: Sequence[float]) -> float:
 
 
 def pooled_error(parts: Sequence[Number]) -> float:
-    """Return the standard error of the mean over all questions of several parts; NaN if one has none.
+    """Return the standard error of the mean over all questions of parts; NaN if one has none.
 
-    The variance within the parts, pooled, over the number of questions: what sets the parts apart is not an error.
+    The variance within the parts, pooled, over the number of questions: what sets the parts apart
+    is not an error.
     """
     if any(math.isnan(part.error) for part in parts):
         return math.nan
@@ -86,7 +87,8 @@ def pooled_error(parts: Sequence[Number]) -> float:
 def perplexity_error(logprobs: Sequence[float], draws: int = BOOTSTRAP_DRAWS) -> float:
     """Return the deviation of the perplexity over bootstrap draws, the very draws of the harness.
 
-    Its random.Random(i).choices is numpy's RandomState([i]) with the same bits, a thousand draws at once.
+    Its random.Random(i).choices is numpy's RandomState([i]) with the same bits, a thousand draws at
+    once.
     """
     if len(logprobs) < 2:
         return math.nan
@@ -107,7 +109,7 @@ def number_of(metric: str, values: Sequence[float]) -> Number:
 
 
 def summarize(metric: str, parts: dict[str, list[float]]) -> Summary:
-    """Return a metric over all questions, which weights parts by their size, and over every part."""
+    """Return a metric over all questions, which weights parts by size, and over every part."""
     numbers = {part: number_of(metric, values) for part, values in parts.items()}
     every = list(numbers.values())
     if len(every) == 1:
@@ -143,7 +145,10 @@ def change(metric: str, after: Values, before: Values) -> Change | None:
         return old * math.expm1(-gain)
     low_gain, high_gain = change_interval([gained], 0.0)
     return Change(  # the larger the gain in log-likelihood, the lower the perplexity
-        perplexity_change(mean(gained)), perplexity_change(high_gain), perplexity_change(low_gain), len(gained)
+        perplexity_change(mean(gained)),
+        perplexity_change(high_gain),
+        perplexity_change(low_gain),
+        len(gained),
     )
 
 
@@ -176,12 +181,12 @@ def changes(results: Results) -> dict[str, dict[str, Change | None]]:
 # Means over tasks
 
 def members(group: str, results: Results) -> list[str]:
-    """Return the tasks of a group that every model was asked: a mean over other tasks could not be compared."""
+    """Return the tasks of a group that every model was asked: means over others do not compare."""
     return [name for name in GROUPS[group] if all(one[name].metrics for one in results.values())]
 
 
 def group_mean(names: Sequence[str], results: dict[str, Result]) -> Number | None:
-    """Return the plain mean over tasks of each one's first metric, and the error that independent tasks give it."""
+    """Return the plain mean of each task's first metric, with the error of independent tasks."""
     if not names:
         return None
     firsts = [results[name].metrics[results[name].first] for name in names]

@@ -1,19 +1,22 @@
-"""Task records: how a row of a public benchmark becomes a question, and which numbers its answer earns.
+"""Task records: how a row of a public benchmark becomes a question, and what its answer earns.
 
-A task is one `Task` and one reader from a row to an `Item`. What the model is asked follows from the item:
+A task is one `Task` and one reader from a row to an `Item`. What the model is asked follows from
+the item:
 
-    choices                   log-likelihood of every choice after the query          acc, acc_norm, mc1, mc2
-    queries                   log-likelihood of the rest after every query            acc (partial scoring)
-    choices with one entry    log-likelihood of the last word after the text          perplexity, acc
-    neither                   text generated after the query, cut at a stop string    exact match
-    checks                    as before, and the text is run with these checks        pass@k
+    choices                 log-likelihood of every choice after the query   acc, acc_norm, mc1, mc2
+    queries                 log-likelihood of the rest after every query     acc (partial scoring)
+    choices with one entry  log-likelihood of the last word after the text   perplexity, acc
+    neither                 text generated after it, cut at a stop string    exact match
+    checks                  as before, and the text is run with these checks  pass@k
 
-Prompts, delimiters, stop strings, filters and metrics are those of EleutherAI's lm-evaluation-harness 0.4.13, letter by
-letter, with one exception: MBPP's set-up code, which the harness forgets, runs before its checks.
+Prompts, delimiters, stop strings, filters and metrics are those of EleutherAI's
+lm-evaluation-harness 0.4.13, letter by letter, with one exception: MBPP's set-up code, which the
+harness forgets, runs before its checks.
 
-A benchmark of your own is one more entry at the end of TASKS; its reader may stand there as a lambda:
+A benchmark of your own is one more entry at the end of TASKS; its reader may stand there as a
+lambda:
 
-    "mine": Task(lambda row: choose(row["question"], row["options"], row["right"]), ("mine/test.jsonl",), ACC),
+    "mine": Task(lambda row: choose(row["ask"], row["options"], row["right"]), ("my.jsonl",), ACC),
 """
 from __future__ import annotations
 
@@ -25,7 +28,9 @@ from typing import Any, Callable, Mapping, Sequence
 
 from benchmarks.formulas import math_equal
 from benchmarks.items import Item, Outcome
-from benchmarks.metrics import Metric, acc, acc_norm, exact_match, extract, is_greedy, log_likelihood, mc2
+from benchmarks.metrics import (
+    Metric, acc, acc_norm, exact_match, extract, is_greedy, log_likelihood, mc2
+)
 from benchmarks.texts import CMMLU_SUBJECTS, TRUTHFUL_SHOTS, XCOPA_WORDS, XNLI_WORDS
 from formats import BadRow
 from formats.rows import load_json, read_bytes, read_rows
@@ -37,21 +42,21 @@ Description = Callable[[str, Path], str]    # (part, data folder) -> the text be
 
 @dataclass(frozen=True)
 class Task:
-    """A benchmark. Files are patterns below the data folder; those of the first that matches are read."""
+    """A benchmark. files: patterns below the data folder; the first that matches counts."""
     read: Reader
     files: tuple[str, ...]
     metrics: Mapping[str, Metric]       # the first is the one for the mean over tasks
-    part: Callable[[Row], str] = lambda row: ""     # rows of one part share demonstrations and a line of the results
+    part: Callable[[Row], str] = lambda row: ""     # rows of one part share demonstrations
     describe: Description = lambda part, folder: ""
-    shots: int = 0                      # demonstrations by default; without shot_files `describe` shows them
+    shots: int = 0                      # demonstrations; without shot_files `describe` shows them
     shot_files: tuple[str, ...] = ()
     draw_shots: bool = False            # drawn anew for every question; else the first of the file
-    spare_shot: bool = False            # one more is drawn, as the harness does where no test split exists
+    spare_shot: bool = False            # one more is drawn, in case it is the question itself
     delimiter: str = " "                # between query and answer
     shot_delimiter: str = "\n\n"
     until: tuple[str, ...] = ()         # stop strings of a generated text
     max_new_tokens: int = 256
-    is_dialogue: bool = False           # the query is what a user says, in the template the model was trained with
+    is_dialogue: bool = False           # the query is what a user says, in the model's template
 
 
 # ---------------------------------------------------------------------------------------------
@@ -157,15 +162,22 @@ def copa(row: Row) -> Item:
 def xnli(row: Row) -> Item:
     """Score whole sentences, which differ in the word between premise and hypothesis."""
     right, *verdicts = XNLI_WORDS[last_part(row)]
-    sentences = [f"{row['premise']}, {right}? {verdict}, {row['hypothesis']}" for verdict in verdicts]
+    sentences = [
+        f"{row['premise']}, {right}? {verdict}, {row['hypothesis']}" for verdict in verdicts
+    ]
     return choose("", sentences, row["label"])
 
 
 def truthfulqa(targets: str) -> Reader:
-    """Make a reader of mc1_targets or mc2_targets: {text: 0 or 1}, or {"choices": [...], "labels": [...]}."""
+    """Make a reader of mc1_targets or mc2_targets.
+
+    They are {text: 0 or 1}, or {"choices": [...], "labels": [...]}.
+    """
     def read(row: Row) -> Item:
         answers = row[targets]
-        labels = dict(zip(answers["choices"], answers["labels"])) if "choices" in answers else answers
+        labels = answers
+        if "choices" in answers:
+            labels = dict(zip(answers["choices"], answers["labels"]))
         gold = tuple(i for i, label in enumerate(labels.values()) if label == 1)
         return Item(f"Q: {row['question']}\nA:", tuple(labels), gold)
     return read
@@ -175,7 +187,8 @@ def mmlu(row: Row) -> Item:
     """Read a row of Hugging Face, or of Hendrycks' CSV files."""
     if "choices" in row:
         return lettered(row["question"].strip(), row["choices"], row["answer"], "Answer:")
-    return lettered(row["Question"].strip(), [row[name] for name in "ABCD"], "ABCD".index(row["Answer"]), "Answer:")
+    options = [row[name] for name in "ABCD"]
+    return lettered(row["Question"].strip(), options, "ABCD".index(row["Answer"]), "Answer:")
 
 
 def mmlu_subject(row: Row) -> str:
@@ -197,7 +210,7 @@ def cmmlu_description(part: str, folder: Path) -> str:
 
 
 def agieval(row: Row) -> Item:
-    """Read AGIEval's own rows with its zero-shot template; several letters in a label are all right answers."""
+    """Read AGIEval's own rows, with its zero-shot template; several letters are all right."""
     passage = row["passage"] or ""
     question = row["question"]
     options = row["options"]
@@ -237,10 +250,12 @@ def gsm8k(row: Row) -> Item:
 def triviaqa(row: Row) -> Item:
     """Read rows of Hugging Face or MosaicML.
 
-    The harness puts a "?" after Hugging Face's questions, which have one; MosaicML's contexts are brought to that form.
+    The harness puts a "?" after Hugging Face's questions, which have one; MosaicML's contexts are
+    brought to that form.
     """
     if "context" in row:
-        question = row["context"].removeprefix("Question: ").removesuffix("\nAnswer:").removesuffix("?")
+        question = row["context"].removeprefix("Question: ").removesuffix("\nAnswer:")
+        question = question.removesuffix("?")
         return Item(f"Question: {question}?\nAnswer:", answers=tuple(row["aliases"]))
     return Item(f"Question: {row['question']}?\nAnswer:", answers=tuple(row["answer"]["aliases"]))
 
@@ -254,14 +269,15 @@ def bbh(row: Row) -> Item:
 
 
 def bbh_shots(part: str, folder: Path) -> str:
-    """Return the task's description and three worked examples, which stand below a warning not to train on them."""
+    """Return the task's description and three worked examples, the canary above them taken off."""
     text = read_bytes(folder / "bbh" / "cot-prompts" / f"{part}.txt").decode("utf-8")
     return text.split("-----\n", 1)[-1].strip() + "\n\n"
 
 
 def humaneval(row: Row) -> Item:
     checks = f"{row['test']}\ncheck({row['entry_point']})"
-    return Item(row["prompt"], checks=checks, opening=row["prompt"], shown=row["canonical_solution"])
+    prompt = row["prompt"]
+    return Item(prompt, checks=checks, opening=prompt, shown=row["canonical_solution"])
 
 
 def mbpp_item(row: Row) -> Item:
@@ -274,7 +290,8 @@ def mbpp_item(row: Row) -> Item:
 
 
 def mbpp(row: Row) -> Item | None:
-    return mbpp_item(row) if 11 <= row["task_id"] <= 510 else None  # others are for training and demonstration
+    # the others are for training and for demonstrations
+    return mbpp_item(row) if 11 <= row["task_id"] <= 510 else None
 
 
 def mbpp_shots(part: str, folder: Path) -> str:
@@ -302,9 +319,11 @@ def fixed(text: str) -> Description:
 
 ACC: Mapping[str, Metric] = {"acc": acc}
 BOTH: Mapping[str, Metric] = {"acc": acc, "acc_norm": acc_norm}
-NORM_FIRST: Mapping[str, Metric] = {"acc_norm": acc_norm, "acc": acc}  # where acc_norm is the number usually told
+NORM_FIRST: Mapping[str, Metric] = {"acc_norm": acc_norm, "acc": acc}  # where it is usually told
 LAST_WORD: Mapping[str, Metric] = {"acc": is_greedy, "perplexity": log_likelihood}
-BBH_ANSWER: Mapping[str, Metric] = {"exact_match,get-answer": exact_match(extract("(?<=the answer is )(.*)(?=.)"))}
+BBH_ANSWER: Mapping[str, Metric] = {
+    "exact_match,get-answer": exact_match(extract("(?<=the answer is )(.*)(?=.)")),
+}
 AGIEVAL: Mapping[str, Metric] = {"acc": agieval_acc, "acc_norm": acc_norm}
 
 GSM8K_IGNORED = (",", r"\$", "(?s).*#### ", r"\.$")
@@ -320,7 +339,8 @@ TRIVIA: Mapping[str, Metric] = {
     "exact_match,remove_whitespace": exact_match(str.strip, case=False, punctuation=False),
 }
 NQ_OPEN: Mapping[str, Metric] = {
-    "exact_match,remove_whitespace": exact_match(str.strip, ARTICLES, case=False, punctuation=False),
+    "exact_match,remove_whitespace":
+        exact_match(str.strip, ARTICLES, case=False, punctuation=False),
 }
 
 ANSWER_STOPS = ("\n", ".", ",")
@@ -329,15 +349,21 @@ CODE_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 
 
 def trained(
-    read: Reader, folder: str, metrics: Mapping[str, Metric], splits: Sequence[str] = ("validation",)
+    read: Reader,
+    folder: str,
+    metrics: Mapping[str, Metric],
+    splits: Sequence[str] = ("validation",),
 ) -> Task:
-    """Make the task of a data set with a training split: no demonstrations unless the user wants some.
+    """Make the task of a data set with a training split: no demonstrations unless asked for.
 
     splits: that hold the questions; the first that is there is read.
     """
     files = tuple(f"{folder}/{split}.jsonl" for split in splits)
     shot_files = (f"{folder}/train.jsonl",)
-    return Task(read, files, metrics, shot_files=shot_files, draw_shots=True, spare_shot="test" not in splits)
+    spare_shot = "test" not in splits
+    return Task(
+        read, files, metrics, shot_files=shot_files, draw_shots=True, spare_shot=spare_shot
+    )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -358,19 +384,20 @@ TASKS: dict[str, Task] = {
     "agieval": Task(
         agieval, ("agieval/*.jsonl",), AGIEVAL, file_part, until=("Q:",), max_new_tokens=32),
     "gsm8k": Task(
-        gsm8k, ("gsm8k/test.jsonl",), GSM8K, shots=5, shot_files=("gsm8k/train.jsonl",), draw_shots=True,
-        until=GSM8K_STOPS),
+        gsm8k, ("gsm8k/test.jsonl",), GSM8K, until=GSM8K_STOPS,
+        shots=5, shot_files=("gsm8k/train.jsonl",), draw_shots=True),
     "humaneval": Task(
         humaneval, ("humaneval/HumanEval.jsonl*",), {}, until=CODE_STOPS, max_new_tokens=1024),
     "mbpp": Task(
-        mbpp, ("mbpp/mbpp.jsonl",), {}, describe=mbpp_shots, shots=3, delimiter="", until=("[DONE]",)),
+        mbpp, ("mbpp/mbpp.jsonl",), {}, describe=mbpp_shots, shots=3, delimiter="",
+        until=("[DONE]",)),
     "triviaqa": Task(
-        triviaqa, TRIVIA_FILES, TRIVIA, shot_files=("triviaqa/train.jsonl",), draw_shots=True, spare_shot=True,
-        until=ANSWER_STOPS),
+        triviaqa, TRIVIA_FILES, TRIVIA, until=ANSWER_STOPS,
+        shot_files=("triviaqa/train.jsonl",), draw_shots=True, spare_shot=True),
     "nq_open": Task(
-        nq_open, ("nq_open/validation.jsonl",), NQ_OPEN, describe=fixed("Answer these questions:\n\n"),
-        shot_files=("nq_open/train.jsonl",), draw_shots=True, spare_shot=True, shot_delimiter="\n",
-        until=ANSWER_STOPS),
+        nq_open, ("nq_open/validation.jsonl",), NQ_OPEN, until=ANSWER_STOPS,
+        describe=fixed("Answer these questions:\n\n"), shot_delimiter="\n",
+        shot_files=("nq_open/train.jsonl",), draw_shots=True, spare_shot=True),
     "lambada_openai": Task(lambada, ("lambada/*.jsonl",), LAST_WORD),
     "arc_easy": trained(arc, "arc_easy", BOTH, TESTED),
     "arc_challenge": trained(arc, "arc_challenge", NORM_FIRST, TESTED),
@@ -384,12 +411,15 @@ TASKS: dict[str, Task] = {
     "sciq": trained(sciq, "sciq", BOTH, TESTED),
     "copa": trained(copa, "copa", ACC),
     "rte": trained(rte, "rte", ACC),
-    "truthfulqa_mc1": Task(truthfulqa("mc1_targets"), TRUTHFUL_FILES, ACC, describe=fixed(TRUTHFUL_SHOTS)),
-    "truthfulqa_mc2": Task(truthfulqa("mc2_targets"), TRUTHFUL_FILES, {"acc": mc2}, describe=fixed(TRUTHFUL_SHOTS)),
+    "truthfulqa_mc1": Task(
+        truthfulqa("mc1_targets"), TRUTHFUL_FILES, ACC, describe=fixed(TRUTHFUL_SHOTS)),
+    "truthfulqa_mc2": Task(
+        truthfulqa("mc2_targets"), TRUTHFUL_FILES, {"acc": mc2}, describe=fixed(TRUTHFUL_SHOTS)),
     "xnli": Task(xnli, ("xnli/dev_*.jsonl",), ACC, last_part),
     "xcopa": Task(xcopa, ("xcopa/test.*.jsonl",), ACC, last_part),
     "cmmlu": Task(
-        cmmlu, ("cmmlu/test/*.csv",), BOTH, file_part, cmmlu_description, shots=5, shot_files=("cmmlu/dev/*.csv",)),
+        cmmlu, ("cmmlu/test/*.csv",), BOTH, file_part, cmmlu_description,
+        shots=5, shot_files=("cmmlu/dev/*.csv",)),
 }
 
 
@@ -399,22 +429,25 @@ TASKS: dict[str, Task] = {
 def generic(row: Row) -> Item:
     """Read a row whose fields say what is asked, and thereby what is measured.
 
-    {query, choices, gold}, gold an index, a list of them, or a choice's text; {context_options, continuation, gold};
-    {context, continuation}; {context, answer, aliases?}.
+    {query, choices, gold}, gold an index, a list of them, or a choice's text; {context_options,
+    continuation, gold}; {context, continuation}; {context, answer, aliases?}.
     """
     if "choices" in row:
         gold = row["gold"]
         if isinstance(gold, str):
             gold = row["choices"].index(gold)
-        return Item(row["query"], tuple(row["choices"]), tuple(gold) if isinstance(gold, list) else (gold,))
+        gold = tuple(gold) if isinstance(gold, list) else (gold,)
+        return Item(row["query"], tuple(row["choices"]), gold)
     if "context_options" in row:
         contexts = tuple(row["context_options"])
-        return Item(choices=(row["continuation"],) * len(contexts), gold=(row["gold"],), queries=contexts)
+        same = (row["continuation"],) * len(contexts)
+        return Item(choices=same, gold=(row["gold"],), queries=contexts)
     if "continuation" in row:
         return Item(row["context"], (row["continuation"],), (0,))
     if "answer" in row:
         return Item(row["context"], answers=(row["answer"], *row.get("aliases", ())))
-    raise BadRow("not a generic task", "give query, choices, gold; or context, continuation; or context, answer, aliases")
+    fields = "query, choices, gold; or context, continuation; or context, answer, aliases"
+    raise BadRow("not a generic task", f"give {fields}")
 
 
 def only(applies: Callable[[Item], bool], metric: Metric) -> Metric:
@@ -427,7 +460,7 @@ def has_choices(item: Item) -> bool:
 
 
 def has_own_choices(item: Item) -> bool:
-    return has_choices(item) and not item.queries  # where queries differ, all choices are the same text
+    return has_choices(item) and not item.queries  # where queries differ, the choices are the same
 
 
 def has_continuation(item: Item) -> bool:
@@ -446,7 +479,8 @@ GENERIC = Task(generic, (), {
     "exact_match": only(has_answers, exact_match(str.strip, case=False, punctuation=False)),
 }, until=("\n",))
 
-# The paper reports "12 general language tasks" without a public list; these twelve are our estimate of it.
+# The paper reports "12 general language tasks" without a public list; these twelve are our estimate
+# of it.
 GENERAL12 = (
     "mmlu", "bbh", "agieval", "gsm8k", "humaneval", "mbpp",
     "triviaqa", "lambada_openai", "arc_challenge", "hellaswag", "winogrande", "boolq",

@@ -16,21 +16,23 @@ from model import Grid, Transformer, rope_table
 
 LOGITS_ROWS = 1024          # positions whose logits over the vocabulary are held at once
 
-# "The Colosseum stands" goes on with " in Rome" or with " on the sea". Two rows of a batch would both
-# compute the context, which is most of the work. As a tree it stands there once, and one row holds all:
+# "The Colosseum stands" goes on with " in Rome" or with " on the sea". Two rows of a batch would
+# both compute the context, which is most of the work. As a tree it stands there once, and one row
+# holds all:
 #
-#                        in  (Rome)                   slot      0    1      2        3     4     5    6
-#                      /                              token    <s>  The  Colosseum stands  in    on   the
-#     The ... stands -                                position  0    1      2        3     4     4    5
-#                      \                              branch    0    0      0        0     1     2    2
-#                        on  the  (sea)               read                         in, on  Rome  the  sea
+#                       in  (Rome)              slot      0    1    2         3       4     5    6
+#                     /                         token    <s>  The  Colosseum stands  in    on   the
+#    The ... stands -                           position  0    1    2         3       4     4    5
+#                     \                         branch    0    0    0         0       1     2    2
+#                       on  the  (sea)          read                        in, on  Rome  the  sea
 #
-# The position is what the rotary embedding sees: both branches go on at 4. A choice's last token is only
-# predicted, never read, so it has no slot. "read" says which tokens' probabilities the logits of a slot give.
+# The position is what the rotary embedding sees: both branches go on at 4. A choice's last token is
+# only predicted, never read, so it has no slot. "read" says which tokens' probabilities the logits
+# of a slot give.
 #
-# The mask keeps the branches apart. A token sees the trunk (branch 0) and its own branch up to itself;
-# with the usual causal mask alone "on" would have seen "in", and the second choice would be scored as
-# the end of "The Colosseum stands in on the sea":
+# The mask keeps the branches apart. A token sees the trunk (branch 0) and its own branch up to
+# itself; with the usual causal mask alone "on" would have seen "in", and the second choice would be
+# scored as the end of "The Colosseum stands in on the sea":
 #
 #     query \ key    0 1 2 3 | 4 | 5 6
 #     4  in          x x x x | x | . .
@@ -45,7 +47,7 @@ class Read(NamedTuple):
 
 
 class Tree(NamedTuple):
-    """Several inputs with one beginning, as one row: the beginning (branch 0), then the rest of each."""
+    """Several inputs with one beginning, as one row: that (branch 0), then the rest of each."""
     tokens: list[int]
     positions: list[int]
     branches: list[int]
@@ -53,7 +55,7 @@ class Tree(NamedTuple):
 
 
 def input_ids(request: Request, context_size: int) -> list[int]:
-    """Return what the model reads of a request; one longer than its context loses tokens on the left."""
+    """Return what the model reads of a request; one too long for it loses tokens on the left."""
     ids = [*request.context, *request.continuation]
     kept = ids[-(context_size + 1):]    # one more than fits, because the last is only predicted
     return kept[:-1]
@@ -68,14 +70,15 @@ def common_length(rows: Sequence[list[int]]) -> int:
 
 
 def grow_trees(requests: Sequence[Request], first: int, context_size: int) -> list[Tree]:
-    """Lay the requests of one question out as one tree, or one each where they have little in common.
+    """Lay the requests of a question out as one tree, or one each where they share little.
 
     first: index of the first request.
     """
     inputs = [input_ids(request, context_size) for request in requests]
     common = common_length(inputs)
-    # Where options stand at the context's beginning there is hardly a trunk: a tree would be one long row
-    # whose attention is nearly all masked, and attention grows with the square of the length.
+    # Where options stand at the context's beginning there is hardly a trunk: a tree would be one
+    # long row whose attention is nearly all masked, and attention grows with the square of the
+    # length.
     if 2 * common < min(map(len, inputs)):
         return [
             grow_tree({first + i: request}, [ids], len(ids))
@@ -94,8 +97,8 @@ def grow_tree(requests: dict[int, Request], inputs: Sequence[list[int]], common:
         tree.positions.extend(range(common, len(ids)))
         tree.branches.extend([branch] * (len(ids) - common))
 
-        # The logits at position t predict the token at t + 1: the first token of every choice is read
-        # off the context's last token, which all choices share.
+        # The logits at position t predict the token at t + 1: the first token of every choice is
+        # read off the context's last token, which all choices share.
         start = len(ids) - len(request.continuation)
         tree.reads[index] = [
             Read(position if position < common else position + shift, token)
@@ -111,7 +114,7 @@ def grid(rows: Sequence[list[int]], device: torch.device) -> Tensor:
 
 
 def tree_mask(branches: Tensor) -> Tensor | None:
-    """Return which key each query sees, (B, 1, T, T) bool, for branches (B, T); None: causal will do."""
+    """Return which key each query sees, (B, 1, T, T) bool, for branches (B, T); None: causal."""
     if not branches.any():
         return None
     time = branches.size(1)
@@ -131,13 +134,15 @@ def read_trees(model: Transformer, trees: Sequence[Tree]) -> dict[int, Likelihoo
     mask = tree_mask(grid([tree.branches for tree in trees], device))
     lengths = torch.tensor([len(tree.tokens) for tree in trees], device=device)
     is_token = torch.arange(tokens.size(1), device=device) < lengths[:, None]
-    valid = is_token.flatten().nonzero()[:, 0]                          # (N,) slots of the grid with a token
+    valid = is_token.flatten().nonzero()[:, 0]                          # (N,) slots with a token
 
     # (B, T) -> (N,): the model computes the tokens packed, without the padding
     packed = Grid(tokens.size(0), tokens.size(1), valid, mask)
-    hidden = model.model.run(tokens.flatten()[valid], rope_table(positions, model.config), packed)  # (N, D)
+    rope = rope_table(positions, model.config)
+    hidden = model.model.run(tokens.flatten()[valid], rope, packed)     # (N, D)
 
-    # A tree's slots follow one another in the packed row, so a read's place is the tree's start plus its slot.
+    # A tree's slots follow one another in the packed row, so a read's place is the tree's start
+    # plus its slot.
     starts = accumulate((len(tree.tokens) for tree in trees), initial=0)
     reads = [
         Read(start + read.slot, read.token)

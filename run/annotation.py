@@ -48,12 +48,13 @@ def run_sample(run: Run, source: Source) -> None:
 
 def row_to_rank(run: Run, i: int, prompt: Prompt, group: Sequence[list[int]]) -> dict[str, Any]:
     """Return what annotators see of a prompt and its responses, and the ids behind the texts."""
-    return {"id": i, **prompt_row(prompt), "responses": [to_text(run, prompt, ids) for ids in group],
-            "ranks": None, "prompt_ids": prompt.ids, "response_ids": group}
+    texts = [to_text(run, prompt, ids) for ids in group]
+    return {"id": i, **prompt_row(prompt), "responses": texts, "ranks": None,
+            "prompt_ids": prompt.ids, "response_ids": group}
 
 
 def run_annotate(run: Run, source: Source) -> None:
-    """Turn the drawn responses into rankings: people's, or a function's with an annotator's error."""
+    """Turn the drawn responses into rankings: people's, or a function's with an error."""
     informative = parallel.from_main(partial(write_rankings, run))
     run.say(f"annotate : {informative} prompts have a pair of differently ranked responses")
 

@@ -238,18 +238,11 @@ def shard_bytes(
     return total * dtype.itemsize
 
 
-def has_critic(config: Config) -> bool:
-    """Return whether PPO trains a critic."""
-    return getattr(config.ppo, "has_critic", True)
-
-
 def has_reward_model(config: Config) -> bool:
     """Return whether a reward model scores PPO's responses, and not a person's function alone."""
-    chosen = getattr(config.ppo, "reward", "model")
-    function = getattr(config.reward, "function", "")
-    if chosen == "auto":
-        return not function or "reward" in config.stages
-    return chosen != "function"
+    if config.ppo.reward == "auto":
+        return not config.reward.function or "reward" in config.stages
+    return config.ppo.reward != "function"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -334,7 +327,7 @@ class Planner:
         """Return what PPO's models hold all the time; no gradients, which come and go."""
         trained = self.held(Transformer, self.shape)
         frozen = self.held(Transformer, self.shape, frozen=True)
-        if has_critic(self.config):
+        if self.config.ppo.has_critic:
             trained += self.held(ScalarModel, self.judge)
         if has_reward_model(self.config):
             frozen += self.held(ScalarModel, self.judge, frozen=True)
@@ -343,7 +336,7 @@ class Planner:
     def ppo_rollout(self) -> Parts:
         """Plan the larger of sampling and of reading log-probabilities, values and scores."""
         phases = [self.sampling(), self.reading(Transformer, self.shape, self.read_logprobs)]
-        if has_critic(self.config) or has_reward_model(self.config):
+        if self.config.ppo.has_critic or has_reward_model(self.config):
             phases.append(self.reading(ScalarModel, self.judge, self.read_values))
         return max(phases, key=sum)
 
@@ -406,7 +399,7 @@ class Planner:
             return loss_sum
 
         steps = [self.step(Transformer, self.shape, actor_loss)]
-        if has_critic(self.config):
+        if self.config.ppo.has_critic:
             steps.append(self.step(ScalarModel, self.judge, critic_loss))
         return max(steps, key=sum)
 
@@ -483,7 +476,7 @@ def advise(
 def heading(config: Config, shape: ModelConfig, judge: ModelConfig, room: float) -> str:
     """Return what stands above the table."""
     sizes = f"Actor of {parameters_of(Transformer, shape) / 1e9:.2f}"
-    judges = ["reward model"] * has_reward_model(config) + ["critic"] * has_critic(config)
+    judges = ["reward model"] * has_reward_model(config) + ["critic"] * config.ppo.has_critic
     if judges:
         billions = parameters_of(ScalarModel, judge) / 1e9
         sizes += f", {' and '.join(judges)} of {billions:.2f}"

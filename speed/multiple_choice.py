@@ -1,10 +1,11 @@
-"""Speed of multiple choice: this code against lm-evaluation-harness with its Hugging Face backend, in one process.
+"""Speed of multiple choice: this code against lm-evaluation-harness with its Hugging Face backend.
 
-    python speed/multiple_choice.py FILE [--dim=512] [--layers=8]
+    python speed/multiple_choice.py FILE --tokenizer=FILE [--dim=512] [--layers=8]
 
-FILE is ARC in Hugging Face's fields, as JSON lines; its folder's parent is the data folder. Both programs score the same
-token ids with the same random weights in float32; reading and encoding are not timed. Each first finds its best batch size
-on 64 questions. Needs `pip install lm_eval transformers` and a LLaMA tokenizer.model (--tokenizer).
+FILE is ARC in Hugging Face's fields, as JSON lines. Both programs score the same token ids with the
+same random weights in float32, in one process; reading and encoding are not timed. Each first finds
+its best batch size on 64 questions. Needs `pip install lm_eval transformers` and a LLaMA
+tokenizer.model.
 """
 from __future__ import annotations
 
@@ -12,75 +13,131 @@ import argparse
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Callable, NamedTuple, Sequence
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.engine import Engine
+from benchmarks.questions import Question, Request, encode_question
+from benchmarks.reading import read_items
+from benchmarks.tasks import TASKS
 from data import Tokenizer
 from model import ModelConfig, Transformer
 from weights.initial import init_weights
 from parallel import Machine
-from benchmarks import questions
-from benchmarks.engine import Engine
-from benchmarks.tasks import TASKS
 from weights import load_pretrained, save_pretrained
 
-SIZES = (4, 8, 16, 32)                   # requests per batch of the harness
-BATCH_TOKENS = (512, 1024, 2048, 4096)
+REQUESTS_PER_BATCH = (4, 8, 16, 32)     # tried for the harness, which counts a batch in requests
+TOKENS_PER_BATCH = (512, 1024, 2048, 4096)  # tried for this code
+TRIED_ON = 64                           # questions
+
+Requests = Sequence[Sequence[Request]]              # of every question
+Program = Callable[[int, Requests], list[float]]    # (batch size, requests) -> logprobs [nats]
 
 
-def best(settings: Sequence[int], run: Callable[[int], Any]) -> int:
-    """Return the setting with which `run` is fastest."""
-    seconds = {setting: timed(lambda: run(setting))[0] for setting in settings}
-    print({setting: round(x, 2) for setting, x in seconds.items()}, flush=True)
+class Run(NamedTuple):
+    """One pass over requests."""
+    seconds: float
+    logprobs: list[float]
+
+
+def timed(program: Program, size: int, requests: Requests) -> Run:
+    """Run a program and stop the time."""
+    began = time.perf_counter()
+    logprobs = program(size, requests)
+    return Run(time.perf_counter() - began, logprobs)
+
+
+def best(program: Program, sizes: Sequence[int], requests: Requests) -> int:
+    """Return the batch size with which a program is fastest."""
+    seconds = {size: timed(program, size, requests[:TRIED_ON]).seconds for size in sizes}
+    print({size: round(x, 2) for size, x in seconds.items()}, flush=True)
     return min(seconds, key=seconds.__getitem__)
 
 
-def timed(run: Callable[[], Any]) -> tuple[float, Any]:
-    began = time.perf_counter()
-    result = run()
-    return time.perf_counter() - began, result
+def encode(file: Path, tokenizer: Tokenizer) -> Requests:
+    """Return the requests of ARC's questions."""
+    task = TASKS["arc_easy"]
+    parts = read_items(task, (file.name,), file.parent)
+    questions = [Question(item) for items in parts.values() for item in items]
+    return [encode_question(question, task, tokenizer, 10**6).requests for question in questions]
+
+
+def our_program(folder: Path, tokenizer: Tokenizer) -> Program:
+    """Load a model folder into this code."""
+    machine = Machine(0, 1, torch.device("cpu"), torch.float32)
+    engine = Engine(load_pretrained(folder), tokenizer, machine, batch_tokens=1)
+
+    def score(batch_tokens: int, requests: Requests) -> list[float]:
+        found = replace(engine, batch_tokens=batch_tokens).score(requests, "ours")
+        return [one.logprob for question in found for one in question]
+    return score
+
+
+def harness_program(folder: Path) -> Program:
+    """Load a model folder into the harness."""
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoModelForCausalLM, LlamaTokenizer
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    harness = HFLM(model, tokenizer=LlamaTokenizer.from_pretrained(folder))
+
+    def score(batch_size: int, requests: Requests) -> list[float]:
+        harness.batch_size_per_gpu = batch_size
+        flat = [request for question in requests for request in question]
+        # The first field stands for the texts, by which the harness knows a request again.
+        rows = [
+            (("", str(i)), list(request.context), list(request.continuation))
+            for i, request in enumerate(flat)
+        ]
+        found = harness._loglikelihood_tokens(rows, disable_tqdm=True)
+        return [logprob for logprob, _is_greedy in found]
+    return score
+
+
+def make_model(dim: int, layers: int, vocab_size: int) -> Transformer:
+    """Draw a model of LLaMA's proportions."""
+    heads = dim // 64
+    model = Transformer(ModelConfig(
+        dim=dim, n_layers=layers, n_heads=heads, n_kv_heads=heads, vocab_size=vocab_size,
+        ffn_dim=dim * 11 // 4, max_seq_len=2048))
+    init_weights(model, 0)
+    return model
 
 
 def main() -> None:
-    """Print seconds of both programs, their ratio, and the largest difference between their log-likelihoods."""
+    """Print seconds of both, their ratio, and the largest difference of a log-likelihood."""
     parser = argparse.ArgumentParser()
     parser.add_argument("file", type=Path)
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
     options = parser.parse_args()
-    from lm_eval.models.huggingface import HFLM
-    from transformers import AutoModelForCausalLM, LlamaTokenizer
     tokenizer = Tokenizer(options.tokenizer)
-    parts = questions.read_items(TASKS["arc_easy"], (options.file.name,), options.file.parent)
-    asked = [questions.Question(item) for items in parts.values() for item in items]
-    requests = [questions.encode_question(question, TASKS["arc_easy"], tokenizer, 10**6).requests for question in asked]
+    requests = encode(options.file, tokenizer)
+    model = make_model(options.dim, options.layers, tokenizer.vocab_size)
     with tempfile.TemporaryDirectory() as folder:
-        model = Transformer(ModelConfig(options.dim, options.layers, options.dim // 64, options.dim // 64, tokenizer.vocab_size,
-                                        options.dim * 11 // 4, 2048))
-        init_weights(model, 0)
         save_pretrained(model, f"{folder}/model", tokenizer)
-        engine = Engine(load_pretrained(f"{folder}/model"), tokenizer, Machine(0, 1, torch.device("cpu"), torch.float32), 0)
-        theirs = HFLM(AutoModelForCausalLM.from_pretrained(f"{folder}/model", dtype=torch.float32), tokenizer=LlamaTokenizer.from_pretrained(f"{folder}/model"))
+        harness = harness_program(Path(folder, "model"))
+        ours = our_program(Path(folder, "model"), tokenizer)
 
-    def harness(size: int, wanted: Sequence[Sequence[questions.Request]] = requests[:64]) -> list[float]:
-        theirs.batch_size_per_gpu = size
-        flat = [(("", str(i)), list(r.context), list(r.continuation)) for i, r in enumerate(r for group in wanted for r in group)]
-        return [logprob for logprob, _ in theirs._loglikelihood_tokens(flat, disable_tqdm=True)]
+    batch_size = best(harness, REQUESTS_PER_BATCH, requests)
+    batch_tokens = best(ours, TOKENS_PER_BATCH, requests)
+    theirs_run = timed(harness, batch_size, requests)
+    our_run = timed(ours, batch_tokens, requests)
+    pairs = zip(theirs_run.logprobs, our_run.logprobs, strict=True)
+    difference = max(abs(theirs - mine) for theirs, mine in pairs)
 
-    def ours(batch_tokens: int, wanted: Sequence[Sequence[questions.Request]] = requests[:64]) -> list[float]:
-        asked = Engine(engine.model, tokenizer, engine.machine, batch_tokens)
-        return [logprob for group in asked.score(wanted, "ours") for logprob, _ in group]
-    size, batch_tokens = best(SIZES, harness), best(BATCH_TOKENS, ours)
-    harness_seconds, a = timed(lambda: harness(size, requests))
-    our_seconds, b = timed(lambda: ours(batch_tokens, requests))
-    print(f"{len(requests)} questions, {sum(p.numel() for p in model.parameters()) / 1e6:.0f} million parameters, {torch.get_num_threads()} threads")
-    print(f"harness: {harness_seconds:.1f} s ({size} requests a batch)   here: {our_seconds:.1f} s ({batch_tokens} tokens a batch)   "
-          f"ratio {harness_seconds / our_seconds:.2f}   largest difference {max(abs(x - y) for x, y in zip(a, b)):.1e} nats")
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"{len(requests)} questions, {millions:.0f} million parameters, "
+          f"{torch.get_num_threads()} threads")
+    print(f"harness: {theirs_run.seconds:.1f} s ({batch_size} requests a batch)   "
+          f"here: {our_run.seconds:.1f} s ({batch_tokens} tokens a batch)   "
+          f"ratio {theirs_run.seconds / our_run.seconds:.2f}   "
+          f"largest difference {difference:.1e} nats")
 
 
 if __name__ == "__main__":

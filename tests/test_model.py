@@ -281,6 +281,7 @@ def test_stop_ends_a_row_once(actor):
         ends = [n + 1 for n, token in enumerate(whole) if token % 7 == 0]
         assert row == whole[:ends[0] if ends else 25]
     assert not any(token % 7 == 0 for ids in asked for token in ids[:-1])
+    assert set(asked) == {tuple(row[:n]) for row in out for n in range(1, min(len(row), 24) + 1)}
     # of a row that gets all its tokens, nobody has to be asked after the last one
     assert len(asked) == sum(min(len(row), 24) for row in out)
     both = generate(actor, PROMPTS * 10, 25, stop=stop, eos_id=5).tokens

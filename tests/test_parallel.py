@@ -1,4 +1,4 @@
-"""The number of processes and the micro-batch size change nothing: real groups (gloo), real FSDP."""
+"""The number of processes and the micro-batch size change nothing: real processes, real FSDP."""
 
 import json
 import os
@@ -139,7 +139,7 @@ def precisions(tmp_path_factory) -> dict[str, tuple[dict, dict]]:
 
 @pytest.mark.line(15)
 def test_sharded_bfloat16_trains_float32(precisions):
-    """What is trained, its gradients and moments are float32; what is frozen is as forwards use it."""
+    """What is trained, its gradients and moments are float32; what is frozen is bfloat16."""
     numbers = precisions["two"][1]
     for stage in ("sft", "reward"):
         for what in ("parameters", "moments", "gradients"):

@@ -1,4 +1,4 @@
-"""The plan against what real runs allocate, by the profiler, and against itself where it extrapolates."""
+"""The plan against what real runs allocate, and against itself where it extrapolates."""
 
 import subprocess
 import sys
@@ -21,6 +21,9 @@ SHAPE = ModelConfig(
     dim=128, n_layers=4, n_heads=4, n_kv_heads=2, vocab_size=900, ffn_dim=352, max_seq_len=256
 )
 PROMPT, RESPONSE = 60, 68
+
+
+GROUPS = {"ppo.advantage": "group", "ppo.responses_per_prompt": 4}  # no critic
 
 
 def tiny_planner(**flags) -> planner.Planner:
@@ -156,26 +159,25 @@ def bytes_of(kind, shape: ModelConfig) -> int:
 
 
 @pytest.mark.parametrize("stage", ["ppo rollout", "ppo update"])
-def test_no_critic_is_no_memory(monkeypatch, stage):
-    """Parameters and moments go; the peak, the actor's step, has the actor's gradients either way."""
-    whole = tiny_planner()
-    before = planner.STAGES[stage](whole)
-    monkeypatch.setattr(type(whole.config.ppo), "has_critic", False, raising=False)
-    after = planner.STAGES[stage](whole)
+def test_no_critic_is_no_memory(stage):
+    """Parameters and moments go; the actor's step, the peak, has its gradients either way."""
+    before = planner.STAGES[stage](tiny_planner())
+    after = planner.STAGES[stage](tiny_planner(**GROUPS))
     critic = bytes_of(ScalarModel, SHAPE)
     assert before.parameters - after.parameters == critic
     assert before.optimizer - after.optimizer == 2 * critic
     assert sum(before) - sum(after) == 3 * critic
 
 
-def test_no_critic_is_no_gradient_of_a_critic(monkeypatch):
+def test_no_critic_is_no_gradient_of_a_critic():
     """A critic of more blocks than the actor: its step is the peak, until it is gone."""
     whole = tiny_planner()
     whole.judge = replace(SHAPE, n_layers=8)
     critic, actor = bytes_of(ScalarModel, whole.judge), bytes_of(Transformer, SHAPE)
     before = planner.STAGES["ppo update"](whole)
-    monkeypatch.setattr(type(whole.config.ppo), "has_critic", False, raising=False)
-    after = planner.STAGES["ppo update"](whole)
+    without = tiny_planner(**GROUPS)
+    without.judge = whole.judge
+    after = planner.STAGES["ppo update"](without)
     assert (before.gradients, after.gradients) == (critic, actor)
     stays = [
         sum(parts) - parts.activations - parts.logits - parts.gradients for parts in (before, after)
@@ -194,20 +196,17 @@ def test_no_critic_is_no_gradient_of_a_critic(monkeypatch):
     ],
 )
 def test_a_reward_function_is_no_memory(monkeypatch, chosen, function, stages, there):
-    whole = tiny_planner(stages=stages)
+    flags = {"stages": stages, "ppo.reward": chosen, "reward.function": function}
     everything = tiny_planner().ppo_base()
-    object.__setattr__(whole.config.ppo, "reward", chosen)
-    object.__setattr__(whole.config.reward, "function", function)
-    planned = whole.ppo_base()
+    planned = tiny_planner(**flags).ppo_base()
     missing = 0 if there else bytes_of(ScalarModel, SHAPE)
     assert everything.parameters - planned.parameters == missing
     assert everything.optimizer == planned.optimizer, "a reward model is frozen"
-    monkeypatch.setattr(type(whole.config.ppo), "has_critic", False, raising=False)
     measured = []
     monkeypatch.setattr(
         planner, "measure", lambda kind, *_: measured.append(kind) or planner.Usage()
     )
-    whole.ppo_rollout()
+    tiny_planner(**flags, **GROUPS).ppo_rollout()
     assert (ScalarModel in measured) == there, (
         "with neither there is nobody to read values or scores"
     )

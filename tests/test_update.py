@@ -36,7 +36,7 @@ def data(n: int, seed: int) -> Batch:
 class ByHand:
     """AdamW with clipping for a linear layer, in lists of Python floats.
 
-    Loshchilov and Hutter 2019, algorithm 2. Numbers 0 to 5 are the matrix by rows, 6 and 7 the bias.
+    Loshchilov and Hutter 2019, algorithm 2. Numbers 0 to 5 are the matrix, 6 and 7 the bias.
     """
 
     def __init__(self, model: nn.Linear, weight_decay: float) -> None:

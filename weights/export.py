@@ -94,7 +94,8 @@ def save_pretrained(model: nn.Module, path: str | Path, tokenizer: Any = None,
     partial_path.mkdir(parents=True)
 
     bos_id, eos_id = (tokenizer.bos_id, tokenizer.eos_id) if tokenizer else (1, 2)
-    texts = {**(huggingface_files(tokenizer) if tokenizer else {}), "config.json": {**config_json(model, bos_id, eos_id), **(extra or {})}}
+    texts = huggingface_files(tokenizer) if tokenizer else {}
+    texts["config.json"] = {**config_json(model, bos_id, eos_id), **(extra or {})}
     if isinstance(model, Transformer):
         texts["generation_config.json"] = {"bos_token_id": bos_id, "eos_token_id": eos_id}
 
