@@ -3,14 +3,13 @@
     python docs/walkthrough.py                       small random models, seed 0
     python docs/walkthrough.py --run=runs/001        the models of a finished run
     python docs/walkthrough.py --advantage=group     groups in place of the critic
-
-Nothing here is an algorithm: it calls what train.py calls, in the same order, and prints.
 """
 from __future__ import annotations
 
 import argparse
 import sys
 import tempfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Sequence
@@ -29,7 +28,6 @@ from train import Term, update
 from weights import load_pretrained
 from weights.initial import init_weights
 
-TEMPLATE = "plain"
 SIZE = 4     # episodes of the iteration; the first is the one that is followed
 FIRST = 346  # its number, which seeds its noise: the random actor ends this answer by itself
 
@@ -59,12 +57,12 @@ def world_of(run: Path) -> tuple[data.Tokenizer, ppo.Models, ppo.Score]:
     return data.open_tokenizer(run / "ppo"), models, model_reward(reward_model, scale, SIZE)
 
 
-def prompts_of(tokenizer: data.Tokenizer, is_group: bool) -> list[Prompt]:
-    """Return the prompt of every episode: one each, or the first for all of them."""
-    items = microcosm.items("train", SIZE, seed=0, in_domain_share=1.0)
+def prompts_of(tokenizer: data.Tokenizer, size: int) -> list[Prompt]:
+    """Return the prompt of every episode, each as often as there are responses to it."""
+    items = microcosm.items("train", SIZE // size, seed=0, in_domain_share=1.0)
     records = [Prompt((Message("user", item.prompt),), "microcosm") for item in items]
-    prompts, _ = data.encode_prompts(records, tokenizer, TEMPLATE, max_tokens=96)
-    return prompts[:1] * SIZE if is_group else prompts
+    prompts, _ = data.encode_prompts(records, tokenizer, "plain", max_tokens=96)
+    return [prompt for prompt in prompts for _ in range(size)]
 
 
 def print_table(columns: dict[str, Sequence]) -> None:
@@ -87,7 +85,7 @@ def print_rollout(tokenizer: data.Tokenizer, prompt: Prompt, config: ppo.PPOConf
     """Print the prompt, its response, the grid of all episodes, all numbers (steps 1 to 5)."""
     response = rollout.tokens[0][rollout.response_mask[0]].tolist()
     print(f"0  prompt    {prompt.text}\n   its ids   {' '.join(map(str, prompt.ids))}")
-    print(f"1  response  {data.decode_response(tokenizer, response, TEMPLATE)!r}\n   its ids   "
+    print(f"1  response  {data.decode_response(tokenizer, response, 'plain')!r}\n   its ids   "
           f"{' '.join(map(str, response))}\n   the grid, {SIZE} x {rollout.tokens.size(1)}: "
           "p prompt, r response, e its EOS, . padding")
     ends = rollout.response_mask & (rollout.tokens == tokenizer.eos_id)
@@ -97,13 +95,12 @@ def print_rollout(tokenizer: data.Tokenizer, prompt: Prompt, config: ppo.PPOConf
     print("2, 3  the scores of the episodes, and what they pay")
     print_table({"episode": range(SIZE), "score": rollout.scores.tolist(), "cut off":
                  rollout.cut_off.tolist(), "pays": ppo.final_scores(rollout, config).tolist()})
-    raw, _ = ppo.ADVANTAGES[config.advantage](rollout.rewards, rollout.values,
-                                              rollout.response_mask, config)
+    raw, _ = ppo.assign_credit(rollout, replace(config, whiten_advantages="off"), config.kl_coef)
     print("2 to 5  the first response, token by token")
     print_tokens(tokenizer, rollout, {
         "logprob": rollout.logprobs, "ref": rollout.ref_logprobs, "kl": rollout.logprobs -
-        rollout.ref_logprobs, "value": rollout.values, "reward": rollout.rewards, "advantage": raw,
-        "return": rollout.returns, "whitened": rollout.advantages})
+        rollout.ref_logprobs, "value": rollout.values, "reward": rollout.rewards,
+        "advantage": raw.advantages, "return": rollout.returns, "whitened": rollout.advantages})
 
 
 def print_update(tokenizer: data.Tokenizer, models: ppo.Models, config: ppo.PPOConfig,
@@ -116,7 +113,7 @@ def print_update(tokenizer: data.Tokenizer, models: ppo.Models, config: ppo.PPOC
     before, after = {}, {}
     for name, model, loss, lr in learners:
         terms = [Term(partial(loss, config=config), [rollout])]
-        optimizer = parallel.adamw(model, 0.0)
+        optimizer = parallel.adamw(model, weight_decay=0.0)
         # the second time at a learning rate of 0: a look, and no step
         for stats, rate in ((before, lr), (after, 0.0)):
             stats |= update(model, optimizer, terms, rate, 1.0, parallel.start("float32"), name)
@@ -137,11 +134,11 @@ def main() -> None:
     parser.add_argument("--advantage", choices=ppo.ADVANTAGES, default="gae")
     options = parser.parse_args()
     tokenizer, models, score = world_of(options.run) if options.run else random_world()
-    is_group = options.advantage in ppo.CRITIC_FREE
-    models = models._replace(critic=None) if is_group else models
-    prompts = prompts_of(tokenizer, is_group)
+    size = 1 if options.advantage == "gae" else SIZE  # of a group
     config = ppo.PPOConfig(batch_size=SIZE, minibatch_size=SIZE, advantage=options.advantage,
-                           responses_per_prompt=SIZE if is_group else 1)
+                           responses_per_prompt=size)
+    models = models if config.has_critic else models._replace(critic=None)
+    prompts = prompts_of(tokenizer, size)
     rollout = ppo.collect(models, prompts, range(FIRST, FIRST + SIZE), config, score,
                           32 if options.run else 6, tokenizer.eos_id, 0)
     rollout, _ = ppo.assign_credit(rollout, config, config.kl_coef)
