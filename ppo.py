@@ -79,6 +79,7 @@ class PPOConfig(SamplingConfig):
     critic_warmup: int = 0              # first iterations in which only the critic learns
 
     def __post_init__(self) -> None:
+        """Refuse what would do nothing, or something else than it says."""
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"ppo.{name}={getattr(self, name)!r}: use {one_of(choices)}")
@@ -100,6 +101,11 @@ class PPOConfig(SamplingConfig):
     def has_critic(self) -> bool:
         return self.advantage not in CRITIC_FREE
 
+    @property
+    def steps_per_rollout(self) -> int:
+        """Optimizer steps of each trained model per iteration."""
+        return self.epochs * self.batch_size // self.minibatch_size
+
 
 def one_of(choices: Collection[str]) -> str:
     """Write choices as people list them: a, b or c."""
@@ -113,6 +119,10 @@ def identity(x: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------
 # 3: scores and KL become rewards
+#
+# The score speaks of a whole response and is paid once, at its end. The KL penalty is paid token by
+# token: every word that the reference would hardly have said costs at once. Without it the policy
+# finds what the reward model likes by mistake, and the score rises while the answers get worse.
 
 # log_ratio = log pi - log pi_ref of sampled tokens -> KL(pi || pi_ref) [nats].
 # Source: Schulman, "Approximating KL divergence", 2020.
@@ -144,6 +154,7 @@ def shape_rewards(scores: Tensor, kl: Tensor, response_mask: Tensor, kl_coef: fl
     Returns: (B, T), 0 outside the response. Source: Ziegler et al. 2019, eq. 2, per token.
     """
     rewards = (-kl_coef * kl).where(response_mask, 0.0)
+    # (B,) -> (B, 1), added to (B, T) in the column of each row's last response token
     return rewards.scatter_add(1, last_response_index(response_mask)[:, None], scores[:, None])
 
 
@@ -158,6 +169,7 @@ MISSING_EOS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
 def final_scores(rollout: Rollout, config: PPOConfig,
                  rescale: Callable[[Tensor], Tensor] = identity) -> Tensor:
     """Return (B,) float32: scores scaled, clipped, and changed where cut off, in that order."""
+    # the penalty comes last: clipped away, it would no longer tell the policy to stop
     scores = rescale(rollout.scores)
     if config.score_clip:
         scores = scores.clamp(-config.score_clip, config.score_clip)
@@ -174,12 +186,17 @@ class AdaptiveKLController:
 
     def update(self, kl: float, n_episodes: int) -> None:
         """kl: mean over all ranks' episodes of the KL summed over each response [nats]."""
+        # proportional control; clipped, so that one wild rollout does not move the coefficient far
         error = min(max(kl / self.target - 1, -0.2), 0.2)
         self.kl_coef *= 1 + error * n_episodes / self.horizon
 
 
 # ---------------------------------------------------------------------------------------------
 # 4 and 5: advantages
+#
+# How much better was a token than what was to be expected? GAE asks a critic what was to be
+# expected of every prefix. The group estimators ask the other responses to the same prompt, which
+# takes no critic but several samples, and tells nothing apart within a response.
 
 def gae(rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float,
         gae_lambda: float) -> tuple[Tensor, Tensor]:
@@ -189,9 +206,11 @@ def gae(rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float,
     Returns: (B, T) advantages and (B, T) returns = advantages + values, 0 outside the response.
     Source: Schulman et al. 2016, eq. 16.
     """
+    # what stands in the padding may be anything, NaN included
     rewards = rewards.where(response_mask, 0.0)
     values = values.where(response_mask, 0.0)
     advantages = torch.zeros_like(rewards)
+    # from the last token to the first, so that each finds its successor's numbers ready
     # V after the last token is 0: the episode is over, cut off or not, as everywhere in RLHF
     next_value = next_advantage = rewards.new_zeros(rewards.size(0))
     for t in reversed(range(rewards.size(1))):
@@ -219,8 +238,9 @@ def group_advantages(rewards: Tensor, values: None, mask: Tensor,
     # (B, T) -> (B,) -> (prompts, responses): the rows of one prompt stand together
     totals = rewards.where(mask, 0.0).sum(1).view(-1, config.responses_per_prompt)
     centred = totals - totals.mean(1, keepdim=True)
+    # equal responses have deviation 0 and advantage 0: there is nothing to learn from them
     normed = centred / (totals.std(1, keepdim=True) + 1e-4)
-    return normed.view(-1, 1).where(mask, 0.0), None
+    return normed.view(-1, 1).where(mask, 0.0), None  # (prompts, responses) -> (B, 1) -> (B, T)
 
 
 def leave_one_out_advantages(rewards: Tensor, values: None, mask: Tensor,
@@ -230,6 +250,7 @@ def leave_one_out_advantages(rewards: Tensor, values: None, mask: Tensor,
     Source: Ahmadian et al. 2024 (RLOO), eq. 8; the ratio stays per token, as in verl.
     """
     totals = rewards.where(mask, 0.0).sum(1).view(-1, config.responses_per_prompt)
+    # a mean that held the response itself would be no baseline: it would take part of its merit
     others = (totals.sum(1, keepdim=True) - totals) / (config.responses_per_prompt - 1)
     return (totals - others).view(-1, 1).where(mask, 0.0), None
 
@@ -248,6 +269,7 @@ def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True,
     reduce: sums a tensor over ranks when each holds a part.
     Returns: (B, T), exactly 0 where mask is False; a single valid slot gives 0, not NaN.
     """
+    # mean and variance from global sums: two all-reduces, and every rank whitens alike
     count, total = reduce(torch.stack((mask.sum().to(x.dtype), x.where(mask, 0.0).sum())))
     mean = total / count.clamp(min=1)
     variance = reduce((x - mean).square().where(mask, 0.0).sum()) / count.clamp(min=1)
@@ -284,13 +306,13 @@ def assign_credit(rollout: Rollout, config: PPOConfig, kl_coef: float, ranks: in
     ranks: how many ranks drew the episodes, equal shares in order.   rescale: of the scores, (B,).
     """
     mask = rollout.response_mask
-    # 3
+    # 3  what is paid where
     scores = final_scores(rollout, config, rescale)
     kl = kl_penalty(rollout.logprobs, rollout.ref_logprobs, config.kl_kind)
     rewards = shape_rewards(scores, kl, mask, kl_coef if config.kl_in == "reward" else 0.0)
-    # 4
+    # 4  what was better than expected
     raw, returns = ADVANTAGES[config.advantage](rewards, rollout.values, mask, config)
-    # 5
+    # 5  in units of its own spread: the step size then does not depend on the reward's scale
     advantages = WHITENING[config.whiten_advantages](raw, mask, ranks)
     weights = TOKEN_WEIGHTS[config.loss_average](mask)
     rollout = replace(rollout, rewards=rewards, advantages=advantages, returns=returns,
@@ -300,6 +322,10 @@ def assign_credit(rollout: Rollout, config: PPOConfig, kl_coef: float, ranks: in
 
 # ---------------------------------------------------------------------------------------------
 # 6: losses, and the passes over a rollout
+#
+# The episodes were sampled by the policy as it was. After the first optimizer step it is another
+# one, and the ratio of the two corrects for that; clipping takes away the gain of moving a token's
+# probability further than clip_range, so that several steps on the same episodes stay harmless.
 
 def policy_loss(new_logprobs: Tensor, logprobs: Tensor, advantages: Tensor, response_mask: Tensor,
                 clip_range: float, weights: Tensor | None = None) -> tuple[Tensor, Stats]:
@@ -313,9 +339,10 @@ def policy_loss(new_logprobs: Tensor, logprobs: Tensor, advantages: Tensor, resp
     # gradient, as 0 * NaN
     log_ratio = (new_logprobs - logprobs).where(response_mask, 0.0)
     advantages = advantages.where(response_mask, 0.0)
-    ratio = log_ratio.exp()
+    ratio = log_ratio.exp()  # new probability / old probability, 1 in the first step
     unclipped = ratio * advantages
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range) * advantages
+    # the smaller of the two: clipping may take a gain away, but never hides a loss
     loss = -(torch.minimum(unclipped, clipped) * weights).sum()
 
     count = response_mask.sum()
@@ -340,9 +367,12 @@ def value_loss(new_values: Tensor, values: Tensor, returns: Tensor, response_mas
     squared = (new_values - returns).where(response_mask, 0.0).square()  # masked first, as above
     is_clipped = torch.zeros_like(response_mask)
     if value_clip_range > 0:
-        near = values + (new_values - values).clamp(-value_clip_range, value_clip_range)
+        # a value that moved further than the range is judged as if it had moved so far only
+        moved = new_values - values
+        near = values + moved.clamp(-value_clip_range, value_clip_range)
         squared_near = (near - returns).where(response_mask, 0.0).square()
-        is_clipped = squared_near > squared
+        # within the range `near` is the new value but for rounding, which must not count
+        is_clipped = (moved.abs() > value_clip_range) & (squared_near > squared)
         squared = torch.maximum(squared, squared_near)
     loss = 0.5 * (squared * weights).sum()
     return loss, {"value_loss": (loss.detach(), weights.sum()),
@@ -358,6 +388,7 @@ def actor_loss(actor: nn.Module, batch: Rollout, config: PPOConfig,
     loss, stats = policy_loss(new_logprobs, batch.logprobs, batch.advantages, mask,
                               config.clip_range, batch.weights)
     loss = loss - config.entropy_coef * (entropy * batch.weights).sum()
+    # in the loss the penalty has a gradient of its own, and is not mixed into the advantages
     if config.kl_in == "loss":
         kl = kl_penalty(new_logprobs, batch.ref_logprobs.where(mask, 0.0), config.kl_kind)
         loss = loss + kl_coef * (kl * batch.weights).sum()
@@ -384,15 +415,17 @@ def learn(rollout: Rollout, config: PPOConfig, updates: Sequence[Update], seed: 
     steps: list[dict[str, float]] = []
     for epoch in range(config.epochs):
         generator = torch.Generator().manual_seed(derive(seed, "epoch", epoch))
+        # a fresh order every epoch, the same on every rank
         order = torch.randperm(config.batch_size, generator=generator)
         for minibatch in order.split(config.minibatch_size):
+            # (minibatch_size,) -> this rank's micro-batches, each (microbatch_size,) or less
             parts = share(minibatch, config.microbatch_size)
             batches = [rollout.rows(rows.to(rollout.tokens.device)) for rows in parts]
             stats: dict[str, float] = {}
             for update in updates:
                 stats.update(update(batches, len(steps)))
             steps.append(stats)
-    assert len(steps) == config.epochs * config.batch_size // config.minibatch_size
+    assert len(steps) == config.steps_per_rollout
     return steps
 
 

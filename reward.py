@@ -60,6 +60,10 @@ class RewardConfig:
 
 # ---------------------------------------------------------------------------------------------
 # The ranking loss
+#
+# People cannot say how good an answer is, but which of two is better. Bradley and Terry's model
+# turns that into a number: i beats j with probability sigmoid(s_i - s_j). Only differences within
+# a prompt matter, so the scores' zero is arbitrary, and `calibrate` fixes it later.
 
 class Batch(NamedTuple):
     """N prompts with up to G ranked responses each; row n * G + g is prompt n with its response g.
@@ -79,6 +83,7 @@ class Batch(NamedTuple):
 
 def better(ranks: Tensor) -> Tensor:
     """Return (N, G, G) bool: response i is ranked strictly better than j; ties and NaN: no pair."""
+    # (N, G, 1) < (N, 1, G); a comparison with NaN is False either way
     return ranks[:, :, None] < ranks[:, None, :]
 
 
@@ -95,7 +100,8 @@ def ranking_loss(scores: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
         number of prompts that have a pair. Source: Ouyang et al. 2022, eq. 1; G = 2: Bradley-Terry.
     """
     pairs = better(ranks)
-    # (N, G, G) -> (N,): a prompt's pairs are averaged, so that one with many pairs counts no more
+    # logsigmoid, not the log of a sigmoid: that would be -inf for a pair that is far off.
+    # (N, G, G) -> (N,): a prompt's pairs are averaged, so that one with many counts no more.
     losses = (-F.logsigmoid(margins_of(scores))).where(pairs, 0.0).sum((1, 2))
     n_pairs = pairs.sum((1, 2))
     return (losses / n_pairs.clamp(min=1)).sum(), (n_pairs > 0).sum()
@@ -128,6 +134,9 @@ def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, tuple[Tensor
 
 # ---------------------------------------------------------------------------------------------
 # The responses that are ranked
+#
+# Several temperatures, as in the paper: careful answers and daring ones. If all five were alike
+# there would be nothing to rank.
 
 def sample(model: Transformer, prompts: Sequence[list[int]], rows: Sequence[int],
            config: RewardConfig, max_new_tokens: int, eos_id: int,
@@ -137,6 +146,7 @@ def sample(model: Transformer, prompts: Sequence[list[int]], rows: Sequence[int]
     rows: global index of each prompt, so that the noise does not depend on who draws it.
     Returns: for each prompt its responses' token ids, EOS included unless cut off.
     """
+    # response g of prompt `row` is number row * size + g of all: no two share their noise
     size = len(config.temperatures)
     columns = []  # one per decoding setting, each with a response to every prompt
     for g, temperature in enumerate(config.temperatures):
@@ -149,6 +159,10 @@ def sample(model: Transformer, prompts: Sequence[list[int]], rows: Sequence[int]
 
 # ---------------------------------------------------------------------------------------------
 # Scores, and their scale
+#
+# PPO weighs the score against kl_coef nats of KL. Two reward models of equal taste can differ by
+# any factor in their scores; standardised, one unit is one deviation of what the SFT model says,
+# and kl_coef means the same for both.
 
 @torch.no_grad()
 def model_scores(model: nn.Module, rows: Sequence[list[int]], microbatch_size: int) -> list[float]:
@@ -225,6 +239,10 @@ def function_reward(function: RewardFunction, decode: Callable[[Prompt, list[int
 
 # ---------------------------------------------------------------------------------------------
 # A person's function as a reward
+#
+# What can be computed need not be learnt: exact answers, unit tests, formats. Such a function
+# ranks and judges, and pays PPO where there is no reward model (--ppo.reward). A mistake in it
+# would surface hours later as NaN in a loss, so every number it gives is looked at at once.
 
 class RewardFunction:
     """The functions of a Python file, as a reward.
@@ -240,6 +258,7 @@ class RewardFunction:
         self.path = Path(path)
         self.module = load_module(self.path)
         names = [name for name in ("score", "score_batch") if hasattr(self.module, name)]
+        # told now, before the hours of SFT that come before its first use
         if not names:
             raise ValueError(f"{path}: defines neither score(prompt, response, answer) nor "
                              "score_batch(prompts, responses, answers)")

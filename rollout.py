@@ -96,6 +96,7 @@ class Models(NamedTuple):
 def lay_out(prompts: Sequence[list[int]], generation: Generation,
             device: torch.device) -> dict[str, Tensor]:
     """Lay episodes on a right-padded grid; return Rollout's fields about tokens, by name."""
+    # (B,) lists of prompt + response -> (B, T), both masks too
     tokens, attention_mask = pad([p + r for p, r in zip(prompts, generation.tokens, strict=True)])
     # masks come from lengths, never from ids: LLaMA has no pad token, and pad may equal EOS
     starts = torch.tensor([len(prompt) for prompt in prompts])
@@ -132,7 +133,9 @@ def collect(models: Models, prompts: Sequence[Prompt], rows: Sequence[int], conf
     gather: hands over the rollouts of all ranks.
     Returns: the rollout of all ranks, without rewards.
     """
-    # 1: sampling. Each rank goes at its own pace: no collective happens inside `gathered`.
+    # 1: sampling. Once gathered the actor is whole on every rank: generating with sharded weights
+    # would gather every layer again for every token. Each rank goes at its own pace, without any
+    # collective inside `gathered`.
     ids = [list(prompt.ids) for prompt in prompts]
     with gathered(models.actor):
         generation = generate(models.actor, ids, max_new_tokens, config.temperature, config.top_k,
@@ -141,7 +144,9 @@ def collect(models: Models, prompts: Sequence[Prompt], rows: Sequence[int], conf
     grid = lay_out(ids, generation, device)
     cut_off = torch.tensor([response[-1] != eos_id for response in generation.tokens])
 
-    # 2: reading, in micro-batches. All ranks have equally many, so sharded forwards keep step.
+    # 2: reading what the actor said with the forward that will train it, so that the first ratio
+    # is 1 to the last bit; the reference for the KL; the critic for what was to be expected. All
+    # ranks have equally many micro-batches, so sharded forwards keep step.
     read: dict[str, list[Tensor]] = {"logprobs": [], "ref_logprobs": []}
     if models.critic:
         read["values"] = []
@@ -152,6 +157,7 @@ def collect(models: Models, prompts: Sequence[Prompt], rows: Sequence[int], conf
         if models.critic:
             read["values"].append(token_values(models.critic, *episode))
     columns = {name: torch.cat(parts) for name, parts in read.items()}
+    # a score sees texts as they are: no padding, and no EOS that was not sampled
     scores = score(prompts, generation.tokens).to(device)
     return merge(gather(Rollout(**grid, **columns, scores=scores, cut_off=cut_off.to(device))))
 
@@ -187,6 +193,7 @@ def rollout_stats(rollout: Rollout, raw: Tensor) -> dict[str, Tensor]:
         "advantage_std": masked_variance(raw, mask).sqrt(),
         "rollout_logprob_diff": sampler_diff.max(),
     }
+    # only a critic foretells returns; advantages by group have none
     if rollout.returns is not None:
         unexplained = masked_variance(rollout.returns - rollout.values, mask)
         spread = masked_variance(rollout.returns, mask)

@@ -35,6 +35,7 @@ def row_uniforms(seed: int, rows: Sequence[int], length: int) -> Tensor:
 
 def check_lengths(prompts: list[list[int]], max_new_tokens: int, context: int) -> None:
     """Raise ValueError for an empty prompt, or one that outgrows the context [tokens]."""
+    # told before the first token: running out of context half way would waste the work
     longest = max(len(prompt) for prompt in prompts)
     if not all(prompts):
         raise ValueError("a prompt is empty: it needs at least the BOS token")

@@ -29,35 +29,42 @@ import sft
 from formats import Prompt
 from model import ScalarModel, Transformer, derive
 from parallel import Machine
-from reward import RunningMoments, Scale
+from reward import RunningMoments
 from run import planner
 from run.annotation import run_annotate, run_sample
 from run.comparison import compare
 from run.folder import (Run, keep, load_model, open_folder, prepare_tokenizer, record_config,
                         restore, save_model, timings)
-from run.models import (answer, base_model, check_tokenizer, open_reward, policy_path,
-                        ppo_models, ranker, score_all, to_text)
+from run.models import (base_model, calibration, check_tokenizer, open_reward, pair_accuracy,
+                        policy_path, ppo_models, ranker, to_text)
 from run.settings import Config, check_ranks, parse_args, reward_shape, usage
-from run.sources import Ranked, Source, open_source, reward_batch, sft_batch
+from run.sources import Source, hold_out, open_source, reward_batch, sft_batch
 
 
 # ---------------------------------------------------------------------------------------------
 # The optimizer step
+#
+# SFT, reward model, actor and critic are all trained by the one function `update`. Whatever is
+# particular to them stands in their loss; whatever is particular to the machine (how many ranks,
+# how many micro-batches fit) must not show in the result. That is why every loss is a sum: sums of
+# parts can be added up in any grouping, means of parts cannot.
 
 def lr_at(step: int, steps: int, peak: float, end: float, warmup: float) -> float:
     """Rise linearly to `peak` over warmup * steps, then fall to end * peak at the last step."""
     rise = int(warmup * steps)
     if step < rise:
-        return peak * (step + 1) / rise
+        return peak * (step + 1) / rise  # step 0 already moves: a rate of 0 would waste it
     fallen = (step - rise) / max(steps - 1 - rise, 1)
     return peak * (1 - (1 - end) * fallen)
 
 
+# PPO-ptx has two terms, the clipped surrogate on episodes and the SFT loss on demonstrations;
+# everything else has one.
 class Term(NamedTuple):
     """One term of a step's loss: weight * mean of `loss` over all its batches on all ranks."""
     loss: Callable[[nn.Module, Any], tuple[Tensor, ppo.Stats]]  # -> sum over its parts, and stats
     batches: Sequence[Any]  # this rank's micro-batches; batch.count is the number of parts
-    weight: float = 1.0
+    weight: float = 1.0     # beside the other terms of the step
 
     def count(self) -> Tensor:
         return torch.stack([batch.count for batch in self.batches]).sum().float()
@@ -76,9 +83,11 @@ def update(model: nn.Module, optimizer: torch.optim.Optimizer, terms: Sequence[T
     and ranks: how the batch is cut up does not change the update. Returns the stats, averaged
     globally, and the gradient's norm as `norm_name`.
     """
-    # 1  the count of the whole step, before the first forward
+    # 1  the count of the whole step, before the first forward. Divided by counts of its own, a
+    #    micro-batch of short answers would weigh as much as one of long answers.
     counts = parallel.all_sum(torch.stack([term.count() for term in terms]))
-    # 2  gradients add up over the micro-batches; so do the statistics
+    # 2  gradients add up over the micro-batches; so do the statistics. FSDP reduces gradients over
+    #    the ranks during each backward.
     sums: dict[str, Tensor] = {}     # name -> (2,): sum and count
     maxima: dict[str, Tensor] = {}   # name -> ()
     for term, count in zip(terms, counts):
@@ -93,23 +102,25 @@ def update(model: nn.Module, optimizer: torch.optim.Optimizer, terms: Sequence[T
                     sums[name] = sums[name] + pair if name in sums else pair
                 else:
                     maxima[name] = torch.maximum(maxima[name], stat) if name in maxima else stat
-    # 3  the same numbers on every rank
+    # 3  the same numbers on every rank: what is logged describes the global batch
     totals = parallel.all_sum(torch.stack(list(sums.values())))
     result = {name: (total / count.clamp(min=1)).item()
               for name, (total, count) in zip(sums, totals)}
     for name, largest in maxima.items():
         result[name] = Largest(parallel.all_max(largest).item())
-    # 4  the gradient's global norm: refused if it is not finite, else clipped
+    # 4  the gradient's global norm. One NaN would poison every weight and Adam's moments for good,
+    #    so a step that is not finite is not taken; a long one is shortened, its direction kept.
     norm = parallel.all_sum(parallel.grad_square_sum(model)).sqrt()
     if not torch.isfinite(norm):
         raise ValueError(f"the gradient is not finite ({result}): lower the learning rate; "
                          "nothing was updated")
+    # 1e-6 keeps a gradient of zero from being divided by zero
     shrink = (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
     for group in optimizer.param_groups:
         group["lr"] = lr
         for parameter in group["params"]:
             parallel.local_part(parameter.grad).mul_(shrink)
-    # 5
+    # 5  the step itself, on float32 master weights whatever the dtype of the forward was
     optimizer.step()
     optimizer.zero_grad()
     return {**result, norm_name: norm.item()}
@@ -134,11 +145,13 @@ def train_on(run: Run, name: str, model: nn.Module, examples: Sequence[Any],
     """
     machine = run.machine
     optimizer = parallel.adamw(model, config.weight_decay)
+    # an epoch need not be a whole number of steps: the order of the next one simply follows
     steps = max(1, round(config.epochs * len(examples) / config.batch_size))
     start = restore(run, name, {"model": (model, optimizer)}).get("step", 0)
     bar = run.bar(name, steps, start)
     for step in range(start, steps):
         began = time.perf_counter()
+        # every rank knows the whole batch and takes its rows of it, cut into micro-batches;
         # the batch is a function of (seed, step), so a resumed run sees what it would have seen
         rows = data.batch_indices(len(examples), config.batch_size, step, run.config.seed)
         parts = machine.microbatches(torch.tensor(rows), config.microbatch_size)
@@ -147,6 +160,7 @@ def train_on(run: Run, name: str, model: nn.Module, examples: Sequence[Any],
         lr = lr_at(step, steps, config.lr, config.lr_end, config.warmup)
         stats = update(model, optimizer, [Term(loss, batches)], lr, config.max_grad_norm, machine)
 
+        # real tokens of all ranks: padding is no work done
         tokens = torch.stack([batch.attention_mask.sum() for batch in batches]).sum().float()
         stats["tokens_per_second"] = (parallel.all_sum(tokens).item()
                                       / (time.perf_counter() - began))
@@ -161,7 +175,8 @@ def train_on(run: Run, name: str, model: nn.Module, examples: Sequence[Any],
 
 
 # ---------------------------------------------------------------------------------------------
-# ICE-Instruct
+# ICE-Instruct: the base model learns to answer at all, from blended demonstrations.
+# (Then its answers are sampled and ranked: run/annotation.py.)
 
 def supervise(run: Run, source: Source, name: str, model: nn.Module) -> None:
     """Fine-tune a model on the demonstrations and save it as `name`."""
@@ -176,13 +191,15 @@ def run_sft(run: Run, source: Source) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# ICE-Reward
+# ICE-Reward: a scalar model learns from the rankings what people like.
 
 def reward_start(run: Run, source: Source) -> Path:
     """Return the weights the reward model starts from.
 
     Given ones, the SFT model's, or those of an SFT of its own when it has its own size.
     """
+    # the paper credits the size of the reward model: it may differ from the actor's, and then has
+    # to learn the language first, as the actor did
     shape = reward_shape(run.config)
     if run.config.reward.model:
         check_tokenizer(run, Path(run.config.reward.model))
@@ -195,24 +212,10 @@ def reward_start(run: Run, source: Source) -> Path:
     return run.needed("reward_sft", "reward")
 
 
-def hold_out(ranked: Sequence[Ranked], share: float) -> tuple[list[Ranked], list[Ranked]]:
-    """Split rankings, by prompt, into those for measuring accuracy and those to train on.
-
-    Else a prompt that was drawn twice would be trained on and count as unseen.
-    """
-    prompts = list(dict.fromkeys(tuple(ranking.prompt) for ranking, _ in ranked))
-    chosen = set(prompts[:max(1, round(share * len(prompts)))])
-    held = [one for one in ranked if tuple(one.ranking.prompt) in chosen]
-    rest = [one for one in ranked if tuple(one.ranking.prompt) not in chosen]
-    if not rest:
-        raise ValueError(f"{len(ranked)} rankings with a pair are too few to train on and to hold "
-                         f"out {len(held)}")
-    return held, rest
-
-
 def run_reward(run: Run, source: Source) -> None:
     """ICE-Reward."""
     config = run.config.reward
+    # some rankings are kept to find out whether it learnt the annotator's taste or those texts
     held, rest = hold_out(source.rankings(), config.holdout)
     model = load_model(run, reward_start(run, source), ScalarModel)
     train_on(run, "reward", model, [ranking for ranking, _ in rest], reward_batch, reward.loss,
@@ -222,6 +225,7 @@ def run_reward(run: Run, source: Source) -> None:
         for name, is_general in (("in_domain", False), ("general", True)):
             part = [ranking for ranking, task in held if bool(task) == is_general]
             accuracy[name] = pair_accuracy(run, model, part)
+    # its scores have an arbitrary zero and unit: fixed once, on what the SFT model says
     scale = calibration(run, source, model, rest)
     save_model(run, model, "reward", {"score_mean": scale.mean, "score_std": scale.std,
                                       "holdout_accuracy": accuracy})
@@ -229,45 +233,14 @@ def run_reward(run: Run, source: Source) -> None:
             "annotator")
 
 
-@torch.no_grad()
-def pair_accuracy(run: Run, model: nn.Module, rankings: Sequence[data.TokenizedRanking]) -> float:
-    """Return the share of pairs that the model orders as the annotator, over all ranks' parts."""
-    machine, size = run.machine, run.config.reward.microbatch_size
-    mine = machine.part(list(rankings))
-    totals = torch.zeros(2, device=machine.device)  # right, pairs
-    with parallel.gathered(model), machine.autocast():
-        for start in range(0, len(mine), size):
-            batch = reward_batch(mine[start:start + size], machine.device)
-            scores = reward.group_scores(model, batch)
-            totals += torch.stack(reward.pair_accuracy(scores, batch.ranks))
-    right, pairs = parallel.all_sum(totals).tolist()
-    return right / max(pairs, 1)
-
-
-def calibration(run: Run, source: Source, model: nn.Module, ranked: Sequence[Ranked],
-                n: int = 512) -> Scale:
-    """Return the scale of a reward model: its scores on samples of the policy that PPO starts from.
-
-    On PPO's prompts; a run that has none yet uses those of the rankings. Always on samples: ranked
-    responses may come from elsewhere, and kl_coef would then mean something else.
-    """
-    prompts = source.prompts_to_train()[:n]
-    if not prompts:
-        ids = [tuple(ranking.prompt) for ranking, _ in ranked[:n]]
-        prompts = [Prompt((), "a ranking", ids=prompt_ids) for prompt_ids in ids]
-    responses = answer(run, load_model(run, policy_path(run), frozen=True), prompts,
-                       run.config.ppo.temperature, "calibration")
-    score = reward.model_reward(model, Scale(), run.config.ppo.microbatch_size)
-    return reward.calibrate(score_all(run, model, score, prompts, responses))
-
-
 # ---------------------------------------------------------------------------------------------
-# ICE-GRT
+# ICE-GRT: the policy looks for answers that the reward model likes, without leaving the SFT model
+# further behind than kl_coef allows: the reward model is only right near what it was trained on.
 
 class Learner(NamedTuple):
     """A model that PPO trains."""
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
+    model: nn.Module                  # sharded, parameters in float32
+    optimizer: torch.optim.Optimizer  # built after sharding: it steps shards
 
 
 def run_ppo(run: Run, source: Source) -> None:
@@ -276,49 +249,44 @@ def run_ppo(run: Run, source: Source) -> None:
     if config.top_k or config.top_p < 1:
         run.say("ppo: with top_k or top_p responses are drawn from another distribution than the "
                 "one that is scored; ratios and KL are biased")
+    # what is read and never trained: prompts, demonstrations (PPO-ptx), the score; the reference
     prompts = source.prompts_to_train()
     demonstrations = source.demonstrations() if config.ptx_coef else []
     score = open_reward(run, config.reward).score
     models = ppo_models(run)
+    # what is trained: the actor, and the critic where advantages need one, each with an optimizer
+    # of its own, so that the large errors of a young critic do not move the actor
     trained = {"actor": Learner(models.actor, parallel.adamw(models.actor, config.weight_decay))}
     if models.critic:
         trained["critic"] = Learner(models.critic,
                                     parallel.adamw(models.critic, config.weight_decay))
 
+    # what a resumed run has to know besides weights: how far it was, and what adapts on the way
     state = restore(run, "ppo", trained)
     start = state.get("step", 0)
     controller = ppo.AdaptiveKLController(state.get("kl_coef", config.kl_coef), config.kl_target,
                                           config.kl_horizon)
     moments = RunningMoments(**state.get("moments", {}))
     rescale = moments.rescale if config.score_scale == "running" else ppo.identity
-    steps_per_rollout = config.epochs * config.batch_size // config.minibatch_size
-    checkpoint_every = -(-run.config.checkpoint_every // steps_per_rollout)  # in iterations
+    checkpoint_every = -(-run.config.checkpoint_every // config.steps_per_rollout)  # iterations
     bar = run.bar("ppo", config.iterations, start)
 
     for iteration in range(start, config.iterations):
         began = time.perf_counter()
-        # 1, 2  episodes, and what the models say of them
+        # 1, 2  episodes, and what the models say of them; afterwards all ranks hold all episodes
         rollout = roll_out(run, models, score, prompts, iteration)
-        # 3, 4, 5  rewards and advantages
+        # 3, 4, 5  scores and KL become rewards, rewards become whitened advantages
         rollout, stats = ppo.assign_credit(rollout, config, controller.kl_coef, run.machine.world,
                                            rescale)
         rolled = time.perf_counter()
-        # 6  the updates
-        peaks = {"lr": config.lr, "critic_lr": config.critic_lr}
-        lrs = {name: lr_at(iteration, config.iterations, peak, config.lr_end, config.warmup)
-               for name, peak in peaks.items()}
-        first = iteration * steps_per_rollout
-        updates = []
-        if iteration >= config.critic_warmup or not models.critic:
-            updates.append(partial(update_actor, run, trained["actor"], lrs["lr"],
-                                   controller.kl_coef, demonstrations, first))
-        if models.critic:
-            updates.append(partial(update_critic, run, trained["critic"], lrs["critic_lr"]))
+        # 6  epochs x minibatches of updates
+        updates = updates_of(run, trained, iteration, controller.kl_coef, demonstrations)
         steps = ppo.learn(rollout, config, updates, derive(run.config.seed, "learn", iteration),
                           run.machine.microbatches)
 
-        stats.update(summary(steps), kl_coef=controller.kl_coef, **lrs,
+        stats.update(summary(steps), kl_coef=controller.kl_coef,
                      seconds_rollout=rolled - began, seconds_update=time.perf_counter() - rolled)
+        # kl_coef for the next iteration, from the KL of this one before its updates
         if config.kl_target > 0:
             controller.update(stats["kl"], config.batch_size)
         show_iteration(run, iteration + 1, rollout, stats, bar)
@@ -333,11 +301,13 @@ def roll_out(run: Run, models: ppo.Models, score: ppo.Score, prompts: Sequence[P
     """Draw the episodes of an iteration, each rank its part; return those of all ranks."""
     config, machine = run.config.ppo, run.machine
     size = config.responses_per_prompt
+    # a pass over all prompts before any comes again, in an order that depends on the seed alone
     chosen = data.batch_indices(len(prompts), config.batch_size // size, iteration,
                                 run.config.seed)
     # the episodes of one prompt stand together: advantages by group count on it
     episodes = [prompts[i] for i in chosen for _ in range(size)]
     mine = machine.part(list(range(config.batch_size)))
+    # an episode's number within the run: its noise depends on it, and on no rank or batch
     rows = [iteration * config.batch_size + i for i in mine]
     with machine.autocast():
         rollout = ppo.collect(
@@ -356,8 +326,27 @@ def gather_rollouts(machine: Machine, rollout: ppo.Rollout) -> list[ppo.Rollout]
 
     Through the CPU: a pickled CUDA tensor would come back on its sender's device.
     """
+    # a few numbers per token, against billions of weights: this is cheap
     parts = parallel.gather_objects(rollout.to(torch.device("cpu")))
     return [part.to(machine.device) for part in parts]
+
+
+def updates_of(run: Run, trained: Mapping[str, Learner], iteration: int, kl_coef: float,
+               demonstrations: Sequence[data.TokenizedDialogue]) -> list[ppo.Update]:
+    """Return what takes the optimizer steps of an iteration, one function per trained model."""
+    config = run.config.ppo
+    lr, critic_lr = (lr_at(iteration, config.iterations, peak, config.lr_end, config.warmup)
+                     for peak in (config.lr, config.critic_lr))
+    updates: list[ppo.Update] = []
+    # While the critic warms up it learns alone: advantages of a critic that knows nothing would
+    # only shake the policy.
+    if iteration >= config.critic_warmup or not config.has_critic:
+        first = iteration * config.steps_per_rollout
+        updates.append(partial(update_actor, run, trained["actor"], lr, kl_coef, demonstrations,
+                               first))
+    if config.has_critic:
+        updates.append(partial(update_critic, run, trained["critic"], critic_lr))
+    return updates
 
 
 def update_actor(run: Run, learner: Learner, lr: float, kl_coef: float,
@@ -370,13 +359,15 @@ def update_actor(run: Run, learner: Learner, lr: float, kl_coef: float,
     config = run.config.ppo
     terms = [Term(partial(ppo.actor_loss, config=config, kl_coef=kl_coef), batches)]
     if demonstrations:
+        # as many demonstrations as there are episodes, the next ones in their order
         rows = data.batch_indices(len(demonstrations), config.minibatch_size, first + step,
                                   run.config.seed)
         parts = run.machine.microbatches(torch.tensor(rows), config.microbatch_size)
         terms.append(Term(ptx_loss, [sft_batch([demonstrations[i] for i in part],
                                                run.machine.device) for part in parts],
                           config.ptx_coef))
-    return update(*learner, terms, lr, config.max_grad_norm, run.machine, "actor_grad_norm")
+    stats = update(*learner, terms, lr, config.max_grad_norm, run.machine, "actor_grad_norm")
+    return {**stats, "lr": lr}
 
 
 def ptx_loss(model: nn.Module, batch: sft.Batch) -> tuple[Tensor, ppo.Stats]:
@@ -390,7 +381,8 @@ def update_critic(run: Run, learner: Learner, lr: float, batches: Sequence[ppo.R
     """Take an optimizer step of the critic."""
     config = run.config.ppo
     terms = [Term(partial(ppo.critic_loss, config=config), batches)]
-    return update(*learner, terms, lr, config.max_grad_norm, run.machine, "critic_grad_norm")
+    stats = update(*learner, terms, lr, config.max_grad_norm, run.machine, "critic_grad_norm")
+    return {**stats, "critic_lr": lr}
 
 
 def show_iteration(run: Run, step: int, rollout: ppo.Rollout, stats: Mapping[str, float],
@@ -399,6 +391,7 @@ def show_iteration(run: Run, step: int, rollout: ppo.Rollout, stats: Mapping[str
     seconds = stats["seconds_rollout"] + stats["seconds_update"]
     tokens = rollout.attention_mask.sum().item()
     run.log("ppo", step, **stats, tokens_per_second=tokens / seconds)
+    # a curve can rise over nonsense: a person should always be able to read some answers
     for b in range(min(n, len(rollout.scores))):
         mask = rollout.response_mask[b]
         prompt_ids = rollout.tokens[b][rollout.attention_mask[b] & ~mask].tolist()
@@ -414,6 +407,9 @@ def show_iteration(run: Run, step: int, rollout: ppo.Rollout, stats: Mapping[str
 
 # ---------------------------------------------------------------------------------------------
 # The stages, in order, and the command
+#
+# A stage of one's own is a function of (run, source) and a line in STAGES: the flag --stages, its
+# help, resuming and the evaluation follow from the table.
 
 def run_eval(run: Run, source: Source) -> None:
     """Compare the models that the stages made, and the base they come from."""
@@ -422,8 +418,8 @@ def run_eval(run: Run, source: Source) -> None:
 
 class Stage(NamedTuple):
     """A part of the recipe. It is done when its result is in the run folder."""
-    run: Callable[[Run, Source], None]
-    result: str
+    run: Callable[[Run, Source], None]  # where the loop stands
+    result: str                 # a file or a model folder
     makes_policy: bool = False  # the result is a model that answers, so the evaluation asks it
 
 
@@ -439,9 +435,11 @@ STAGES = {
 
 def stages_to_run(config: Config, out: Path) -> list[str]:
     """Drop stages that are not needed; refuse to overwrite a result."""
+    # with rankings from files there is nothing to sample and nobody to ask
     idle = ("sample", "annotate") if config.reward.data else ()
     stages = [stage for stage in config.stages if stage not in idle]
     done = [stage for stage in stages if (out / STAGES[stage].result).exists()]
+    # the evaluation may be repeated: it changes nothing that another stage reads
     if config.resume:
         return [stage for stage in stages if stage not in done or stage == "eval"]
     if done and done != ["eval"]:
@@ -452,6 +450,7 @@ def stages_to_run(config: Config, out: Path) -> list[str]:
 
 def main(args: Sequence[str]) -> None:
     """Run the stages asked for."""
+    # 1  settings; whatever can be refused is refused before anything is touched
     config = parse_args(args, STAGES)
     if config.plan:
         return planner.main(config, planner.shapes(config))
@@ -459,6 +458,7 @@ def main(args: Sequence[str]) -> None:
     check_ranks(config, machine.world)
     if config.out:
         stages_to_run(config, Path(config.out))
+    # 2  the run folder and the tokenizer, made by one rank and seen by all
     out = parallel.from_main(partial(open_folder, config))
     parallel.from_main(lambda: prepare_tokenizer(config, out).path)
     run = Run(config, machine, out, prepare_tokenizer(config, out))
@@ -466,8 +466,10 @@ def main(args: Sequence[str]) -> None:
         record_config(config, out, machine.world)
     run.say(f"run folder: {out}   {machine.world} process(es) on {machine.device.type}, "
             f"{str(machine.dtype).removeprefix('torch.')}")
+    # 3  what the evaluation will ask is put aside before any stage sees data
     source = open_source(run)
     parallel.from_main(source.choose_heldout)
+    # 4  the stages, one after the other; each finds the results of those before it in the folder
     for name in parallel.from_main(lambda: stages_to_run(config, out)):
         began = time.perf_counter()
         STAGES[name].run(run, source)
@@ -475,7 +477,7 @@ def main(args: Sequence[str]) -> None:
             seconds = {**timings(run), name: round(time.perf_counter() - began, 2)}
             (out / "seconds.json").write_text(json.dumps(seconds))
         if name == "sample" and not ranker(run):
-            break  # people's turn
+            break  # people's turn: they fill in the ranks, the next command goes on
     parallel.stop()
 
 

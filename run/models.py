@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Sequence
 
+import torch
 from torch import nn
 
 import data
@@ -18,6 +19,7 @@ from model import ScalarModel, Transformer, derive, generate
 from reward import RewardFunction, Scale
 from run.folder import Run, load_model
 from run.settings import world_shape
+from run.sources import Ranked, Source, reward_batch
 
 RUBRIC = Path(__file__).parents[1] / "microcosm" / "rubric.py"  # the embedded world's own judge
 
@@ -129,6 +131,38 @@ def score_all(run: Run, model: nn.Module | None, score: ppo.Score, prompts: Sequ
     with parallel.gathered(model) if model else nullcontext(), run.machine.autocast():
         scores = score([prompts[i] for i in mine], [responses[i] for i in mine]).tolist()
     return [x for part in parallel.gather_objects(scores) for x in part]
+
+
+@torch.no_grad()
+def pair_accuracy(run: Run, model: nn.Module, rankings: Sequence[data.TokenizedRanking]) -> float:
+    """Return the share of pairs that the model orders as the annotator, over all ranks' parts."""
+    machine, size = run.machine, run.config.reward.microbatch_size
+    mine = machine.part(list(rankings))
+    totals = torch.zeros(2, device=machine.device)  # right, pairs
+    with parallel.gathered(model), machine.autocast():
+        for start in range(0, len(mine), size):
+            batch = reward_batch(mine[start:start + size], machine.device)
+            scores = reward.group_scores(model, batch)
+            totals += torch.stack(reward.pair_accuracy(scores, batch.ranks))
+    right, pairs = parallel.all_sum(totals).tolist()
+    return right / max(pairs, 1)
+
+
+def calibration(run: Run, source: Source, model: nn.Module, ranked: Sequence[Ranked],
+                n: int = 512) -> Scale:
+    """Return the scale of a reward model: its scores on samples of the policy that PPO starts from.
+
+    On PPO's prompts; a run that has none yet uses those of the rankings. Always on samples: ranked
+    responses may come from elsewhere, and kl_coef would then mean something else.
+    """
+    prompts = source.prompts_to_train()[:n]
+    if not prompts:
+        ids = [tuple(ranking.prompt) for ranking, _ in ranked[:n]]
+        prompts = [Prompt((), "a ranking", ids=prompt_ids) for prompt_ids in ids]
+    responses = answer(run, load_model(run, policy_path(run), frozen=True), prompts,
+                       run.config.ppo.temperature, "calibration")
+    score = reward.model_reward(model, Scale(), run.config.ppo.microbatch_size)
+    return reward.calibrate(score_all(run, model, score, prompts, responses))
 
 
 def check_tokenizer(run: Run, path: Path) -> None:

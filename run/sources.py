@@ -127,6 +127,22 @@ class Source(ABC):
         return {prompt_key(prompt_of(row, str(path))) for row in rows}
 
 
+def hold_out(ranked: Sequence[Ranked], share: float) -> tuple[list[Ranked], list[Ranked]]:
+    """Split rankings, by prompt, into those for measuring accuracy and those to train on.
+
+    Else a prompt that was drawn twice would be trained on and count as unseen.
+    """
+    # the rankings are shuffled, so the first prompts are any prompts
+    prompts = list(dict.fromkeys(tuple(ranking.prompt) for ranking, _ in ranked))
+    chosen = set(prompts[:max(1, round(share * len(prompts)))])
+    held = [one for one in ranked if tuple(one.ranking.prompt) in chosen]
+    rest = [one for one in ranked if tuple(one.ranking.prompt) not in chosen]
+    if not rest:
+        raise ValueError(f"{len(ranked)} rankings with a pair are too few to train on and to hold "
+                         f"out {len(held)}")
+    return held, rest
+
+
 def prompt_key(record: Prompt | Dialogue | formats.Ranking) -> str:
     """Return what makes two prompts the same: their text, however it is spaced."""
     messages = record.messages[:-1] if isinstance(record, Dialogue) else record.messages

@@ -2,6 +2,7 @@
 import ast
 import re
 import sys
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -10,14 +11,14 @@ import eval as evaluation
 from run import settings
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("llama", "weights", "formats", "run", "evaluation", "benchmarks", "microcosm", "speed")
+ROOMS = ("weights", "formats", "run", "evaluation", "benchmarks", "microcosm", "speed")
 FILES = {path.stem: path for path in ROOT.glob("*.py")}
 FILES |= {f"{room}.{path.stem}": path for room in ROOMS for path in (ROOT / room).glob("*.py")}
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 # Imports point one way, from the top floor down; a room's name stands for all files in it.
-FLOORS = (("train",), ("run",), ("speed",), ("eval",), ("benchmarks",), ("evaluation",), ("parallel",), ("ppo", "reward", "sft"), ("data",),
-          ("weights",), ("model", "formats", "microcosm"), ("llama",))
+FLOORS = (("train",), ("run",), ("speed",), ("eval",), ("benchmarks",), ("evaluation",), ("parallel",), ("ppo",),
+          ("rollout", "reward", "sft"), ("data",), ("weights",), ("model",), ("sampling", "formats", "microcosm"))
 FLOOR = {name: number for number, floor in enumerate(FLOORS) for name in floor}
 REQUIRED = {"torch", "numpy", "sentencepiece", "tqdm", "pytest"}
 OPTIONAL = {("evaluation.plots", "matplotlib"), ("speed.multiple_choice", "lm_eval"), ("speed.multiple_choice", "transformers")}  # imported only where it is used, and asked for by name
@@ -49,6 +50,37 @@ def test_imports(name):
     assert not upward, f"{name} imports {upward}, which stands above it"
     foreign = {other for other in imports(name) - FLOOR.keys() - set(sys.stdlib_module_names) if (name, other) not in OPTIONAL}
     assert foreign <= REQUIRED
+
+
+# What stands at the top reads like a paper: how long each file may be.
+LINES = {"model": 500, "sampling": 100, "data": 500, "sft": 80, "reward": 350, "rollout": 220, "ppo": 450, "parallel": 450,
+         "train": 500, "eval": 350}
+
+
+def test_the_top_floor_is_short():
+    assert LINES.keys() == {path.stem for path in ROOT.glob("*.py")}
+    for name, limit in LINES.items():
+        length = len(FILES[name].read_text(encoding="utf-8").splitlines())
+        assert length <= limit, f"{name}.py has {length} lines, {limit} are enough"
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_the_top_floor_is_told_aloud(name):
+    """One line in seven, at least, carries a comment; few repeat what the next line says, so not one in three."""
+    with open(FILES[name], encoding="utf-8") as file:
+        tokens = list(tokenize.generate_tokens(file.readline))
+    commented = {token.start[0] for token in tokens if token.type == tokenize.COMMENT}
+    share = len(commented) / tokens[-1].start[0]
+    assert 1 / 7 <= share <= 1 / 3, f"{name}.py: {100 * share:.0f} % of the lines have a comment"
+
+
+WIDE = {"benchmarks.tasks": 120, "benchmarks.texts": 140}  # a table of records; the prompts of benchmarks, word for word
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_lines_are_narrow(name):
+    for number, line in enumerate(FILES[name].read_text(encoding="utf-8").splitlines(), 1):
+        assert len(line) <= WIDE.get(name, 100), f"{name}:{number} has {len(line)} columns"
 
 
 def test_five_packages_are_required():

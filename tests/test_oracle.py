@@ -109,7 +109,7 @@ def oracle(models: Four, new_actor: nn.Module, new_critic: nn.Module, c: PPOConf
             critic_loss = critic_loss + weight * 0.5 * torch.maximum((v - target) ** 2, (near - target) ** 2)
             total += weight
             entropy, approx_kl = entropy + h.item(), approx_kl + ratio.item() - 1 - math.log(ratio.item())
-            clipped, value_clipped = clipped + (bounded * a < ratio.item() * a), value_clipped + ((near - target) ** 2 > (v - target) ** 2).item()
+            clipped, value_clipped = clipped + (bounded * a < ratio.item() * a), value_clipped + (abs(v - v_old).item() > c.value_clip_range > 0 and ((near - target) ** 2 > (v - target) ** 2).item())
             ratios.append(ratio.item())
     flat_raw, flat_returns = [a for row in raw for a in row], [x for row in returns for x in row]
     log_ratios = [[a - b for a, b in zip(lp, lq)] for lp, lq in zip(old, ref)]
