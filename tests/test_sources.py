@@ -2,7 +2,6 @@
 files, rewards as functions, and what is refused."""
 import dataclasses
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -10,15 +9,14 @@ import pytest
 import torch
 
 import data
-import golden
 import parallel
 import train
 from formats import Message
-from formats.files import read_jsonl, write_jsonl
+from formats.files import read_jsonl
 from model import ScalarModel, Transformer, generate
 from run import folder, settings, sources
 from run.sources import prompt_key
-from weights import load_pretrained, save_pretrained
+from weights import load_pretrained
 
 LENGTHS = ["--data.template=plain", "--data.max_prompt_tokens=60", "--data.max_response_tokens=12"]
 SMALL = ["--sft.batch_size=16", "--sft.epochs=1", "--sft.lr=1e-3", "--reward.batch_size=4",
