@@ -380,9 +380,11 @@ def value_loss(new_values: Tensor, values: Tensor, returns: Tensor, response_mas
     is_clipped = torch.zeros_like(response_mask)
     if value_clip_range > 0:
         # a value that moved further than the range is judged as if it had moved so far only
-        near = values + (new_values - values).clamp(-value_clip_range, value_clip_range)
+        moved = new_values - values
+        near = values + moved.clamp(-value_clip_range, value_clip_range)
         squared_near = (near - returns).where(response_mask, 0.0).square()
-        is_clipped = squared_near > squared
+        # within the range `near` is the new value but for rounding, which must not count
+        is_clipped = (moved.abs() > value_clip_range) & (squared_near > squared)
         squared = torch.maximum(squared, squared_near)
     loss = 0.5 * (squared * weights).sum()
     return loss, {"value_loss": (loss.detach(), weights.sum()),
