@@ -30,7 +30,7 @@ import parallel
 import ppo
 import reward
 import sft
-from model import ModelConfig, ScalarModel, Transformer, generation_steps
+from model import (ModelConfig, ScalarModel, Transformer, generation_steps, token_logprobs)
 from parallel import Machine
 from run.settings import Config, reward_shape, world_shape
 from weights import read_config
@@ -378,7 +378,7 @@ class Planner:
     def read_logprobs(self, model: nn.Module) -> None:
         config = self.config.ppo
         rollout = rollout_of(config.microbatch_size, self.time)
-        ppo.token_logprobs(model, rollout.tokens, None, rollout.response_mask, config.temperature)
+        token_logprobs(model, rollout.tokens, None, rollout.response_mask, config.temperature)
 
     @torch.no_grad()
     def read_values(self, model: nn.Module) -> None:

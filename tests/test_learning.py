@@ -93,7 +93,7 @@ def test_ppo_learns_what_is_rewarded_and_the_critic_what_comes(actor, critic, co
     models = Four(actor, critic, ref, Taste())
     take = [step(actor, partial(ppo.actor_loss, config=settings, kl_coef=kl_coef), 1e-3), step(critic, partial(ppo.critic_loss, config=settings), 1e-3)]
     prompts, seen = dialogues()[0] * 16, []
-    for iteration in range(12):
+    for iteration in range(18):
         rows = [iteration * 64 + i for i in range(64)]
         rollout = collect(models, prompts, rows, settings, 8, EOS, (0.5, 0.1), seed=0)
         rollout, stats = ppo.assign_credit(rollout, settings, kl_coef)

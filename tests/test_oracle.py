@@ -162,7 +162,9 @@ def critic_side(new_critic: nn.Module, episodes: Episodes, values: list[list[flo
             loss = loss + weight_of(r, c) * 0.5 * torch.maximum((v - target) ** 2,
                                                                 (near - target) ** 2)
             total += weight_of(r, c)
-            clipped += ((near - target) ** 2 > (v - target) ** 2).item()
+            # within the range near and v are one value, but for rounding
+            left = c.value_clip_range and abs(v.item() - old) > c.value_clip_range
+            clipped += bool(left and (near - target) ** 2 > (v - target) ** 2)
     return loss / total, {"value_clip_fraction": clipped / tokens}
 
 

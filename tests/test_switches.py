@@ -164,25 +164,24 @@ def test_filters_are_warned_about(base, tmp_path, capsys):
 
 @pytest.mark.line(20)
 def test_scores_of_the_sft_model_have_mean_0_and_deviation_1(base, tmp_path):
-    """Fresh samples of the SFT model, read one row at a time."""
-    # enough prompts of PPO that the run's own mean and deviation are sure
-    flags = [f"--base={base}", f"--out={tmp_path}", "--stages=reward", "--ppo.iterations=32"]
-    train.main(flags)
-    config = settings.parse_args(flags, train.STAGES)
+    """Fresh samples of the SFT model, read one row at a time; calibrated on 320 prompts."""
+    out = tmp_path / "many"
+    train.main([f"--base={base}", f"--out={out}", "--stages=reward", "--ppo.iterations=20"])
+    config = settings.parse_args([f"--out={out}", "--stages=eval"], train.STAGES)
     machine = parallel.Machine(0, 1, torch.device("cpu"), torch.float32)
-    run = folder.Run(config, machine, tmp_path, folder.prepare_tokenizer(config, tmp_path))
-    chosen = sources.open_source(run).prompts_to_train()[:300]
-    prompts = [list(prompt.ids) for prompt in chosen]
-    assert len(prompts) == 300
-    scale = json.loads((tmp_path / "reward" / "config.json").read_text())
+    run = folder.Run(config, machine, out, folder.prepare_tokenizer(config, out))
+    prompts = [list(p.ids) for p in sources.open_source(run).prompts_to_train()[:300]]
     answers = generate(load_pretrained(base / "sft"), prompts, config.data.max_response_tokens,
                        eos_id=run.tokenizer.eos_id, seed=999).tokens
-    model = load_pretrained(tmp_path / "reward", kind=ScalarModel)
+    model = load_pretrained(out / "reward", kind=ScalarModel)
     with torch.no_grad():
-        raw = torch.stack([model(torch.tensor([p + a]))[0, -1] for p, a in zip(prompts, answers)])
+        rows = [torch.tensor([p + a]) for p, a in zip(prompts, answers)]
+        raw = torch.stack([model(row)[0, -1] for row in rows])
+    scale = json.loads((out / "reward" / "config.json").read_text())
     scores = (raw - scale["score_mean"]) / scale["score_std"]
     assert abs(scores.mean().item()) < 3 / 300 ** 0.5 and abs(scores.std().item() - 1) < 0.2
-    assert abs(raw.mean().item()) > 0.2 or abs(raw.std().item() - 1) > 0.2, "the raw scores need the calibration, or nothing is tested"
+    assert abs(raw.mean().item()) > 0.2 or abs(raw.std().item() - 1) > 0.2, (
+        "the raw scores need the calibration, or nothing is tested")
 
 
 @pytest.mark.line(20)
