@@ -150,7 +150,7 @@ MUTANTS = [
            "ppo::test_value_loss_against_loops"),
     Mutant("value clipped around the return", "ppo",
            "near = values + moved.clamp(",
-           "near = returns + moved.clamp(",
+           "near = returns + (new_values - returns).clamp(",
            "ppo::test_value_loss_against_loops"),
     Mutant("sequence weights forgotten in the value loss", "ppo",
            "config.value_clip_range,\n                      batch.weights)",
