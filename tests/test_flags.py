@@ -79,8 +79,8 @@ def test_what_speaks_of_one_call_is_not_handed_on(tmp_path, name):
     assert config.out == (str(folder) if name == "out" else "")
 
 
-def test_what_a_pretrained_model_needs_does_not_undo_the_runs_own(finished, tmp_path):
-    model_folder = str(finished[0] / "sft")
+def test_what_a_pretrained_model_needs_does_not_undo_the_runs_own(watched, tmp_path):
+    model_folder = watched["out"] / "world" / "sft"
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "a"}\n')
     flags = [f"--model={model_folder}", f"--ppo.prompts={prompts}", "--stages=ppo",
@@ -125,7 +125,7 @@ def watch(monkeypatch: pytest.MonkeyPatch, seen: set[str]) -> None:
 
 
 @pytest.fixture(scope="module")
-def watched(finished, tmp_path_factory) -> dict[str, Any]:
+def watched(tmp_path_factory) -> dict[str, Any]:
     """A run on the world in bfloat16 and one on files; what they read, and how models ran."""
     seen: set[str] = set()
     forwards: list[tuple[str, bool]] = []  # function that is a stage, whether under autocast
@@ -152,7 +152,7 @@ def watched(finished, tmp_path_factory) -> dict[str, Any]:
         train.main([*SMALLEST, f"--out={out / 'world'}", "--dtype=bfloat16", "--eval.best_of=2",
                     "--ppo.kl_target=0.1", "--ppo.ptx_coef=0.1"])
         patch.setattr(model.Trunk, "run", run)
-        train.main([f"--model={finished[0] / 'sft'}", *SMALLEST[5:], f"--out={out / 'files'}",
+        train.main([f"--model={out / 'world' / 'sft'}", *SMALLEST[5:], f"--out={out / 'files'}",
                     "--data.template=plain", "--data.max_prompt_tokens=60",
                     f"--sft.data={files / 'prompts.jsonl'}", "--eval.holdout=4",
                     f"--ppo.prompts={files / 'prompts.jsonl'}",

@@ -389,9 +389,8 @@ def test_a_group_stands_together_and_every_prompt_comes_once(finished, tmp_path,
     for iteration in range(3):
         for rank in range(2):
             machine = parallel.Machine(rank, 2, torch.device("cpu"), torch.float32)
-            models, payer = train.ppo.Models(None, None), train.Reward(None, None)
-            train.roll_out(dataclasses.replace(run, machine=machine), models, payer, prompts,
-                           iteration)
+            train.roll_out(dataclasses.replace(run, machine=machine), train.ppo.Models(None, None),
+                           None, prompts, iteration)
     assert [row for row, _ in asked] == list(range(48)), "no noise comes twice"
     names = [name for _, name in asked]
     groups = [names[i:i + 4] for i in range(0, 48, 4)]
@@ -440,7 +439,7 @@ def test_the_annotators_error_belongs_to_prompt_and_response(finished, tmp_path)
     texts = ["a", "b", "c", "d", "e", "f", "a"]
     prompts = [Prompt((Message("user", text),), "") for text in ("one", "two")]
     ranks = rank(run, none, prompts[0], texts)
-    assert ranks[0] == ranks[-1] and sorted(set(ranks)) == [1, 2, 3, 4, 5, 6]
+    assert ranks[0] == ranks[-1] and len(set(ranks)) == 6
     assert rank(run, none, prompts[0], texts[::-1]) == ranks[::-1]
     assert rank(run, none, prompts[1], texts) != ranks
     assert rank(other_run, none, prompts[0], texts) != ranks
