@@ -26,7 +26,7 @@ Where the paper is silent or practice differs:
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Callable, Collection, Sequence
+from typing import Callable, Collection, NamedTuple, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +90,7 @@ class PPOConfig(SamplingConfig):
             if self.batch_size % getattr(self, name):
                 raise ValueError(f"ppo.batch_size={self.batch_size} must be a multiple of "
                                  f"ppo.{name}={getattr(self, name)}")
-        if not self.has_critic and self.responses_per_prompt < 2:
+        if self.responses_per_prompt < ADVANTAGES[self.advantage].least_responses:
             raise ValueError(f"ppo.advantage={self.advantage!r} compares the responses to one "
                              "prompt: set ppo.responses_per_prompt to 2 or more")
         if self.temperature <= 0:
@@ -99,7 +99,7 @@ class PPOConfig(SamplingConfig):
 
     @property
     def has_critic(self) -> bool:
-        return self.advantage not in CRITIC_FREE
+        return ADVANTAGES[self.advantage].has_critic
 
     @property
     def steps_per_rollout(self) -> int:
@@ -255,10 +255,22 @@ def leave_one_out_advantages(rewards: Tensor, values: None, mask: Tensor,
     return (totals - others).view(-1, 1).where(mask, 0.0), None
 
 
-# (rewards, values, response_mask, config) -> advantages and the returns that the critic learns
-ADVANTAGES = {"gae": gae_advantages, "group": group_advantages,
-              "leave_one_out": leave_one_out_advantages}
-CRITIC_FREE = {"group", "leave_one_out"}
+class Estimator(NamedTuple):
+    """A way from rewards to advantages, and what it needs.
+
+    estimate: (rewards, values or None, response_mask, config) -> advantages, and the returns that
+        the critic learns or None; all (B, T).
+    """
+    estimate: Callable[..., tuple[Tensor, Tensor | None]]
+    has_critic: bool = False
+    least_responses: int = 1            # per prompt: 2 where they are compared with each other
+
+
+ADVANTAGES = {
+    "gae": Estimator(gae_advantages, has_critic=True),
+    "group": Estimator(group_advantages, least_responses=2),
+    "leave_one_out": Estimator(leave_one_out_advantages, least_responses=2),
+}
 
 
 def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True,
@@ -311,7 +323,7 @@ def assign_credit(rollout: Rollout, config: PPOConfig, kl_coef: float, ranks: in
     kl = kl_penalty(rollout.logprobs, rollout.ref_logprobs, config.kl_kind)
     rewards = shape_rewards(scores, kl, mask, kl_coef if config.kl_in == "reward" else 0.0)
     # 4  what was better than expected
-    raw, returns = ADVANTAGES[config.advantage](rewards, rollout.values, mask, config)
+    raw, returns = ADVANTAGES[config.advantage].estimate(rewards, rollout.values, mask, config)
     # 5  in units of its own spread: the step size then does not depend on the reward's scale
     advantages = WHITENING[config.whiten_advantages](raw, mask, ranks)
     weights = TOKEN_WEIGHTS[config.loss_average](mask)

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("weights", "formats", "run", "evaluation", "benchmarks", "microcosm", "speed")
+ROOMS = ("weights", "formats", "run", "evaluation", "benchmarks", "microcosm", "speed", "experiments")
 FILES = {path.stem: path for path in ROOT.glob("*.py")}
 FILES |= {f"{room}.{path.stem}": path for room in ROOMS for path in (ROOT / room).glob("*.py")}
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 # Imports point one way, from the top floor down; a room's name stands for all files in it.
-FLOORS = (("train",), ("run",), ("speed",), ("eval",), ("benchmarks",), ("evaluation",), ("parallel",), ("ppo",),
+FLOORS = (("experiments",), ("train",), ("run",), ("speed",), ("eval",), ("benchmarks",), ("evaluation",), ("parallel",), ("ppo",),
           ("rollout", "reward", "sft"), ("data",), ("weights",), ("model",), ("sampling", "formats", "microcosm"))
 FLOOR = {name: number for number, floor in enumerate(FLOORS) for name in floor}
 REQUIRED = {"torch", "numpy", "sentencepiece", "tqdm", "pytest"}

@@ -374,3 +374,89 @@ def test_without_a_critic_none_is_built_or_logged(finished, tmp_path, monkeypatc
     assert rows[-1]["approx_kl"] > 0, "the actor learns"
     with pytest.raises(ValueError, match="set ppo.responses_per_prompt to 2 or more"):
         settings.parse_args([f"--ppo.advantage={advantage}"], train.STAGES)
+
+
+def test_a_group_stands_together_and_every_prompt_comes_once(finished, tmp_path, monkeypatch):
+    """Whoever draws: the episodes of a prompt are neighbours, each with noise of its own."""
+    (tmp_path / "b").mkdir()
+    run, source = open_run(tmp_path / "b", f"--base={finished[0]}", "--stages=ppo",
+                           "--ppo.advantage=group", "--ppo.responses_per_prompt=4")
+    prompts = source.prompts_to_train()
+    assert len(prompts) == 3 * 16 // 4
+    asked: list[tuple[int, str]] = []
+
+    def look(models, episodes, rows, *rest):
+        asked.extend(zip(rows, (prompt.source for prompt in episodes), strict=True))
+    monkeypatch.setattr(train.ppo, "collect", look)
+    for iteration in range(3):
+        for rank in range(2):
+            machine = parallel.Machine(rank, 2, torch.device("cpu"), torch.float32)
+            models, payer = train.ppo.Models(None, None), train.Reward(None, None)
+            train.roll_out(dataclasses.replace(run, machine=machine), models, payer, prompts,
+                           iteration)
+    assert [row for row, _ in asked] == list(range(48)), "no noise comes twice"
+    names = [name for _, name in asked]
+    groups = [names[i:i + 4] for i in range(0, 48, 4)]
+    assert all(len(set(group)) == 1 for group in groups)
+    assert sorted(group[0] for group in groups) == sorted(prompt.source for prompt in prompts)
+
+
+# ---------------------------------------------------------------------------------------------
+# What each stage is handed
+
+def test_rankings_of_held_out_prompts_are_left_out(real, files, tmp_path):
+    rows = read_jsonl(files / "prompts.jsonl")
+    pairs = [{"prompt": row["prompt"], "chosen": row["response"], "rejected": "x"} for row in rows]
+    path = write(tmp_path / "pairs.jsonl", pairs)
+    (tmp_path / "b").mkdir()
+    run, source = open_run(tmp_path / "b", f"--base={real}", f"--reward.data={path}",
+                           "--stages=reward")
+    held = {tuple(prompt.ids) for prompt in source.heldout()}
+    ranked = {tuple(one.ranking.prompt) for one in source.rankings()}
+    assert len(held) == 8 and len(ranked) >= 50 and not held & ranked
+
+
+def test_with_both_the_model_pays_and_the_function_judges(real, files, tmp_path):
+    def is_functions(row, score):
+        return score == len(row["response"]) + (row["response"] == row["prompt"][6:].strip())
+    rows = read_jsonl(real / "samples.jsonl")
+    assert not all(is_functions(row, row["score"]) for row in rows)
+    from run.models import open_reward
+    (tmp_path / "b").mkdir()
+    run, source = open_run(tmp_path / "b", f"--base={real}", "--stages=ppo")
+    for kind, is_model in (("auto", True), ("model", True), ("function", False)):
+        assert (open_reward(run, kind).model is not None) == is_model
+
+
+def test_the_annotators_error_belongs_to_prompt_and_response(finished, tmp_path):
+    """Equal texts get equal ranks in any order; another prompt, or another seed, another error."""
+    from formats import Prompt
+    from run.annotation import rank
+    (tmp_path / "b").mkdir()
+    flags = [f"--base={finished[0]}", "--stages=annotate", "--reward.noise=1"]
+    run, _ = open_run(tmp_path / "b", *flags)
+    other_run, _ = open_run(tmp_path / "b", *flags, "--seed=1")
+
+    def none(prompts, texts):
+        return [0.0] * len(texts)
+    texts = ["a", "b", "c", "d", "e", "f", "a"]
+    prompts = [Prompt((Message("user", text),), "") for text in ("one", "two")]
+    ranks = rank(run, none, prompts[0], texts)
+    assert ranks[0] == ranks[-1] and sorted(set(ranks)) == [1, 2, 3, 4, 5, 6]
+    assert rank(run, none, prompts[0], texts[::-1]) == ranks[::-1]
+    assert rank(run, none, prompts[1], texts) != ranks
+    assert rank(other_run, none, prompts[0], texts) != ranks
+
+
+def test_score_batch_keeps_the_order(tmp_path):
+    from formats import Prompt
+    from reward import RewardFunction
+    path = tmp_path / "f.py"
+    path.write_text("def score_batch(prompts, responses, answers):\n"
+                    "    return [10 * len(p) + len(r) + (r == a)\n"
+                    "            for p, r, a in zip(prompts, responses, answers)]\n")
+    prompts = [Prompt((Message("user", text),), "", "xyz") for text in ("a", "bb", "cccc")]
+    assert RewardFunction(path)(prompts, ["xyz", "x", "xy"]) == [14.0, 21.0, 42.0]
+    path.write_text("def score(prompt, response, answer):\n"
+                    "    return 10 * len(prompt) + len(response) + (response == answer)\n")
+    assert RewardFunction(path)(prompts, ["xyz", "x", "xy"]) == [14.0, 21.0, 42.0]

@@ -156,7 +156,8 @@ def files(finished, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("files")
     shutil.copytree(finished[0] / "sft", folder / "model")
     (folder / "nomodel").mkdir()
-    (folder / "good.jsonl").write_text('{"prompt": "Copy: cat dog", "response": "cat dog"}\n' * 80)
+    rows = [{"prompt": f"Copy: cat dog {i}", "response": f"cat dog {i}"} for i in range(80)]
+    (folder / "good.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "empty.jsonl").write_text("")
     (folder / "bad.jsonl").write_text('{"prompt": "Copy: cat dog", "response": "cat dog"}\n{"prompt": "Copy')
     (folder / "long.jsonl").write_text('{"prompt": "Copy: cat dog"}\n{"prompt": "Copy:' + " cat" * 500 + '"}\n')
@@ -173,7 +174,7 @@ BAD_INPUT = [
     (["--sft.data={f}/bad.jsonl"], "{f}/bad.jsonl:2: "),
     (["--model={f}/nomodel"], "{f}/nomodel"),
     (["--model={f}/small"], "640 pieces, the model only 600"),
-    (["--data.max_prompt_tokens=512"], "exceeds the model's context of 128"),
+    (["--data.max_prompt_tokens=512"], "exceeds the context of the model: 128"),
     (["--stages=ppo", "--base={run}", "--ppo.prompts={f}/long.jsonl"], "{f}/long.jsonl:2: a prompt of"),
     (["--sft.dat=x"], "unknown flag --sft.dat"),
 ]
