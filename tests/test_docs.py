@@ -166,6 +166,15 @@ def assert_same(said: list[str], printed: list[str]) -> None:
             assert abs(float(x) - float(y)) <= tolerance, f"{a!r} is printed as {b!r}"
 
 
+def test_the_command_is_short_enough_to_be_read():
+    text = (ROOT / "docs" / "walkthrough.py").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150 and max(map(len, text.splitlines())) <= 100
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.FunctionDef):
+            assert ast.get_docstring(node) and node.returns and node.end_lineno - node.lineno < 50
+            assert all(argument.annotation for argument in node.args.args)
+
+
 def walkthrough(monkeypatch: pytest.MonkeyPatch, *args: str) -> list[str]:
     """Return what the command prints; in this process, which has torch already."""
     path = str(ROOT / "docs" / "walkthrough.py")
