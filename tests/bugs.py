@@ -568,7 +568,7 @@ MUTANTS = [
     Mutant("the best of n is the worst", "run/models",
            "column_scores.index(max(",
            "column_scores.index(min(",
-           "sources::test_a_function_alone_is_enough"),
+           "sources::test_the_best_of_several_is_what_the_reward_likes_best", survived=True),
     Mutant("changes against the base, not the reference", "eval",
            "changes_between(prompts, values[name], values[reference])",
            "changes_between(prompts, values[name], next(iter(values.values())))",
