@@ -641,3 +641,17 @@ def test_score_batch_keeps_the_order(tmp_path):
         "    return 10 * len(prompt) + len(response) + (response == answer)\n"
     )
     assert RewardFunction(path)(prompts, ["xyz", "x", "xy"]) == [14.0, 21.0, 42.0]
+
+
+def test_the_best_of_several_is_what_the_reward_likes_best(finished, tmp_path, monkeypatch):
+    from run import models
+    (tmp_path / "b").mkdir()
+    run, source = open_run(tmp_path / "b", f"--base={finished[0]}", "--stages=eval",
+                           "--eval.best_of=3")
+    drawn = iter([[[5], [6, 6]], [[5, 5, 5], [6]], [[5, 5], [6, 6, 6, 6]]])
+    monkeypatch.setattr(models, "answer", lambda *asked: next(drawn))
+
+    def length(prompts, responses):
+        return torch.tensor([float(len(ids)) for ids in responses])
+    monkeypatch.setattr(models, "open_reward", lambda *asked: models.Reward(length, None))
+    assert models.best_of(run, source.heldout()[:2]) == [[5, 5, 5], [6, 6, 6, 6]]
