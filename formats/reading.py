@@ -49,16 +49,17 @@ def to_ranking(example: Example, source: str) -> Ranking:
         raise BadRow("nothing is compared: no 'chosen' and 'rejected', no 'ranks', no 'scores'")
 
     # Responses that differ in spaces at their borders alone are equal to every reader.
-    texts = [text.strip() for text in example.responses]
-    if len(texts) < 2:
+    texts = {text.strip() for text in example.responses}
+    if len(example.responses) < 2:
         raise Uninformative("one response")
     if len(set(example.ranks)) == 1:
         raise Uninformative("all tied")
-    if len(set(texts)) == 1:
+    if len(texts) == 1:
         raise Uninformative("responses are equal")
 
-    # As many (text, rank) pairs as texts, or one text has two ranks.
-    if len(set(zip(texts, example.ranks))) > len(set(texts)):
+    # As many (text, rank) pairs as texts, or one text has two ranks. To an annotator who is a
+    # program spaces are a difference, so here they are one.
+    if len(set(zip(example.responses, example.ranks))) > len(set(example.responses)):
         raise BadRow("equal responses with different ranks")
     return Ranking(example.prompt, example.responses, example.ranks, source)
 

@@ -398,7 +398,7 @@ BAD_COMPARISONS = {
     "infinite": (b'{"prompt": "Q", "responses": ["A", "B"], "scores": [1, 1e999]}', "NaN or Infinity"),
     "contradiction": ({"prompt": "Q", "responses": ["A", "B"], "scores": [2, 1], "ranks": [2, 1]},
                       "contradict"),
-    "equal, ranked apart": ({"prompt": "Q", "responses": ["A", "A ", "B"], "ranks": [1, 2, 3]},
+    "equal, ranked apart": ({"prompt": "Q", "responses": ["A", "A", "B"], "ranks": [1, 2, 3]},
                             "equal responses with different ranks"),
     "prompt missing": ({"responses": ["A", "B"], "ranks": [1, 2]}, "roles must be: .*got none"),
     "preference 3": ({"instruction": "Q", "output_1": "A", "output_2": "B", "preference": 3},

@@ -655,3 +655,13 @@ def test_the_best_of_several_is_what_the_reward_likes_best(finished, tmp_path, m
         return torch.tensor([float(len(ids)) for ids in responses])
     monkeypatch.setattr(models, "open_reward", lambda *asked: models.Reward(length, None))
     assert models.best_of(run, source.heldout()[:2]) == [[5, 5, 5], [6, 6, 6, 6]]
+
+
+def test_rankings_of_a_run_are_read_as_a_file(finished, tmp_path):
+    """What annotate leaves is a ranking file: --reward.data and `eval.py reward` take it."""
+    import formats
+
+    records, report = formats.read_rankings([str(finished[0] / "ranked.jsonl")])
+    rows = read_jsonl(finished[0] / "ranked.jsonl")
+    informative = [row for row in rows if len({text.strip() for text in row["responses"]}) > 1]
+    assert len(records) == len(informative) > 10
