@@ -462,6 +462,7 @@ def main(args: Sequence[str]) -> None:
     out = parallel.from_main(partial(open_folder, config))
     parallel.from_main(lambda: prepare_tokenizer(config, out).path)
     run = Run(config, machine, out, prepare_tokenizer(config, out))
+    ranker(run)  # a reward function that cannot be loaded shows now, not when it is first asked
     if machine.is_main:
         record_config(config, out, machine.world)
     run.say(f"run folder: {out}   {machine.world} process(es) on {machine.device.type}, "

@@ -113,7 +113,7 @@ MICROCOSM = Task(
 def microcosm_questions(limit: int | None, seed: int) -> list[Question]:
     """Draw questions of the embedded world's 12 general tasks, `limit` of each or 60."""
     each = WORLD_QUESTIONS if limit is None else limit
-    items = microcosm.items("eval", len(microcosm.TASKS) * each, seed, in_domain_share=0.0)
+    items = microcosm.evaluation_items(0, len(microcosm.TASKS) * each, seed)
     return [Question(Item(item.prompt, answers=(item.answer,)), item.task) for item in items]
 
 

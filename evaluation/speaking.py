@@ -117,10 +117,8 @@ def encode(speaker: Speaker, records: Sequence[Prompt]) -> list[Prompt]:
 def world_prompts(settings: Mapping[str, Any]) -> list[Prompt]:
     """Return the prompts that the evaluation of a run on the embedded world asks."""
     # The same draws as in the run itself, so compare and the run's table agree.
-    items = []
-    for part, in_domain_share in (("in_domain", 1.0), ("general", 0.0)):
-        n = settings[f"eval.{part}"]
-        items += microcosm.items("eval", n, settings["seed"], in_domain_share)
+    items = microcosm.evaluation_items(
+        settings["eval.in_domain"], settings["eval.general"], settings["seed"])
     return [
         Prompt((Message("user", item.prompt),), f"prompt {n}", item.answer, item.task)
         for n, item in enumerate(items, 1)

@@ -67,6 +67,7 @@ def change_interval(strata: Sequence[Sequence[float]], pseudo: float = 2.0) -> I
         towards 0. They presume differences in [-1, 1]: 0 for numbers without bounds.
     Source: Agresti and Min 2005 (2 pairs).
     """
+    found = mean(mean(differences) for differences in strata)
     means = []
     variances = []  # of each stratum's mean
     for differences in strata:
@@ -77,8 +78,9 @@ def change_interval(strata: Sequence[Sequence[float]], pseudo: float = 2.0) -> I
         variances.append((squares / n - centre**2) / n)
     # Strata are independent: variances add up, and the mean of k strata divides the deviation by k.
     half = Z * math.sqrt(max(sum(variances), 0.0)) / len(strata)
-    low = mean(means) - half
-    high = mean(means) + half
+    # Where nearly all pairs went one way the pull would leave what was found outside: not here.
+    low = min(mean(means) - half, found)
+    high = max(mean(means) + half, found)
     return (max(low, -1.0), min(high, 1.0)) if pseudo else (low, high)
 
 

@@ -57,6 +57,13 @@ def items(split: str, n: int, seed: int, in_domain_share: float = 0.5) -> list[I
     return drawn
 
 
+def evaluation_items(in_domain: int, general: int, seed: int) -> list[Item]:
+    """Draw the items of an evaluation, none twice: so many ads and general questions, or fewer."""
+    drawn = items("eval", in_domain, seed, 1.0) + items("eval", general, seed, 0.0)
+    # a question that is drawn again tells nothing new, and would count as one more that agrees
+    return list({item.prompt: item for item in drawn}.values())
+
+
 def draw(rng: random.Random, task: str, split: str) -> Item:
     """Draw one prompt of a task; what belongs to another split is drawn again."""
     while True:

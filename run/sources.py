@@ -181,11 +181,8 @@ class World(Source):
         if path.exists():
             return
         config = self.config
-        chosen = (self.prompts_of("eval", config.eval.in_domain, 1.0, config.seed)
-                  + self.prompts_of("eval", config.eval.general, 0.0, config.seed))
-        # the world draws with repeats; asked twice, a prompt would count as two independent ones
-        distinct = {prompt_key(prompt): prompt for prompt in chosen}
-        write_jsonl(path, map(prompt_row, distinct.values()))
+        items = microcosm.evaluation_items(config.eval.in_domain, config.eval.general, config.seed)
+        write_jsonl(path, [prompt_row(world_prompt(item, n)) for n, item in enumerate(items, 1)])
 
     def dialogues(self) -> list[Dialogue]:
         """Draw demonstrations; they are imperfect by construction."""

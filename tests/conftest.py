@@ -1,4 +1,5 @@
 """Shared fixtures. Tests use one thread: results do not depend on the machine, and small models are faster."""
+
 import sys
 from pathlib import Path
 
@@ -17,13 +18,16 @@ torch.set_num_threads(1)
 def finished(tmp_path_factory) -> tuple[Path, dict]:
     """A whole tiny run, with checkpoints: its folder and its numbers. Nobody may write into it."""
     import golden
+
     out = tmp_path_factory.mktemp("runs") / "a"
     return out, golden.tiny_run(out, "--checkpoint_every=10")
 
 
 @pytest.fixture
 def config() -> ModelConfig:
-    return ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=61, ffn_dim=64, max_seq_len=64)
+    return ModelConfig(
+        dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=61, ffn_dim=64, max_seq_len=64
+    )
 
 
 @pytest.fixture

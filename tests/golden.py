@@ -1,5 +1,6 @@
 """A whole run small enough to compare number by number. `python tests/golden.py` writes golden.json anew: do that
 only when a change of results is meant, and say in the commit why."""
+
 import json
 import sys
 import tempfile
@@ -12,9 +13,24 @@ import torch
 import train
 
 FILE = Path(__file__).with_name("golden.json")
-FLAGS = ["--model.dim=32", "--model.n_heads=2", "--model.n_kv_heads=1", "--model.ffn_dim=64", "--sft.examples=1024", "--sft.batch_size=64",
-         "--sft.epochs=4", "--reward.sampled_prompts=40", "--reward.batch_size=16", "--ppo.iterations=3", "--ppo.batch_size=16",
-         "--ppo.minibatch_size=8", "--eval.in_domain=20", "--eval.general=24", "--data.max_response_tokens=12", "--reward.holdout=0.3"]
+FLAGS = [
+    "--model.dim=32",
+    "--model.n_heads=2",
+    "--model.n_kv_heads=1",
+    "--model.ffn_dim=64",
+    "--sft.examples=1024",
+    "--sft.batch_size=64",
+    "--sft.epochs=4",
+    "--reward.sampled_prompts=40",
+    "--reward.batch_size=16",
+    "--ppo.iterations=3",
+    "--ppo.batch_size=16",
+    "--ppo.minibatch_size=8",
+    "--eval.in_domain=20",
+    "--eval.general=24",
+    "--data.max_response_tokens=12",
+    "--reward.holdout=0.3",
+]
 
 
 def lines(path: Path) -> list[dict]:
@@ -24,10 +40,16 @@ def lines(path: Path) -> list[dict]:
 def tiny_run(out: Path, *flags: str) -> dict:
     """Run every stage, and return what a reader of the run folder finds, without times."""
     train.main([*FLAGS, f"--out={out}", *flags])
-    metrics = [{k: v for k, v in row.items() if "second" not in k} for row in lines(out / "metrics.jsonl")]
+    metrics = [
+        {k: v for k, v in row.items() if "second" not in k} for row in lines(out / "metrics.jsonl")
+    ]
     results = json.loads((out / "eval.json").read_text())
     results.pop("seconds")
-    return {"metrics": metrics, "eval": results, "answers": [row["response"] for row in lines(out / "samples.jsonl")]}
+    return {
+        "metrics": metrics,
+        "eval": results,
+        "answers": [row["response"] for row in lines(out / "samples.jsonl")],
+    }
 
 
 def main() -> None:

@@ -1,4 +1,5 @@
 """Every stage can learn one batch by heart; what cannot do that has a broken gradient somewhere."""
+
 from functools import partial
 
 import pytest
@@ -31,13 +32,16 @@ def dialogues() -> tuple[list[list[int]], list[list[int]]]:
 
     def row(n: int) -> list[int]:
         return torch.randint(3, 61, (n,), generator=g).tolist()
+
     return [[1, *row(n)] for n in (3, 9, 5, 1)], [[*row(n), EOS] for n in (7, 1, 12, 4)]
 
 
 def sft_batch() -> sft.Batch:
     prompts, responses = dialogues()
-    return sft.Batch(*data.pad([p + r for p, r in zip(prompts, responses)]),
-                     data.pad_masks([[False] * len(p) + [True] * len(r) for p, r in zip(prompts, responses)]))
+    return sft.Batch(
+        *data.pad([p + r for p, r in zip(prompts, responses)]),
+        data.pad_masks([[False] * len(p) + [True] * len(r) for p, r in zip(prompts, responses)]),
+    )
 
 
 @pytest.mark.line(21)
@@ -60,13 +64,19 @@ def test_sft_learns_a_batch_by_heart(actor):
     assert losses[0] > 3.5 and losses[-1] < 0.01
     prompts, responses = dialogues()
     assert generate(actor, prompts, 20, temperature=0.0, eos_id=EOS).tokens == responses
-    assert token_logprobs(actor, torch.tensor([prompts[2]])).exp().mean() < 0.5, "prompts are not trained on"
+    assert token_logprobs(actor, torch.tensor([prompts[2]])).exp().mean() < 0.5, (
+        "prompts are not trained on"
+    )
 
 
 def test_reward_learns_a_batch_by_heart(critic):
     prompts, _ = dialogues()
     g = torch.Generator().manual_seed(1)
-    rows = [prompt + torch.randint(3, 61, (5,), generator=g).tolist() for prompt in prompts for _ in range(3)]
+    rows = [
+        prompt + torch.randint(3, 61, (5,), generator=g).tolist()
+        for prompt in prompts
+        for _ in range(3)
+    ]
     ranks = torch.tensor([[1, 2, 3], [3, 1, 2], [2, 2, 1], [2, 3, 1.0]])
     take = step(critic, reward.loss)
     stats = [take([reward.Batch(*data.pad(rows), ranks)]) for _ in range(60)]
@@ -91,14 +101,19 @@ def test_ppo_learns_what_is_rewarded_and_the_critic_what_comes(actor, critic, co
     ref = Transformer(config)
     ref.load_state_dict(actor.state_dict())
     models = Four(actor, critic, ref, Taste())
-    take = [step(actor, partial(ppo.actor_loss, config=settings, kl_coef=kl_coef), 1e-3), step(critic, partial(ppo.critic_loss, config=settings), 1e-3)]
+    take = [
+        step(actor, partial(ppo.actor_loss, config=settings, kl_coef=kl_coef), 1e-3),
+        step(critic, partial(ppo.critic_loss, config=settings), 1e-3),
+    ]
     prompts, seen = dialogues()[0] * 16, []
     for iteration in range(18):
         rows = [iteration * 64 + i for i in range(64)]
         rollout = collect(models, prompts, rows, settings, 8, EOS, (0.5, 0.1), seed=0)
         rollout, stats = ppo.assign_credit(rollout, settings, kl_coef)
         steps = ppo.learn(rollout, settings, take, seed=iteration, share=MACHINE.microbatches)
-        assert steps[0]["ratio_max"] == pytest.approx(1, abs=1e-5) and steps[0]["clip_fraction"] == 0
+        assert (
+            steps[0]["ratio_max"] == pytest.approx(1, abs=1e-5) and steps[0]["clip_fraction"] == 0
+        )
         seen.append(stats)
     first, last = seen[0], seen[-1]
     assert abs(first["kl"]) < 1e-4 and first["explained_variance"] < 0.1

@@ -1,4 +1,5 @@
 """The transformer against transformers' own, against itself without padding or cache."""
+
 import math
 from dataclasses import replace
 
@@ -7,7 +8,23 @@ import pytest
 import torch
 
 from model import (
-    RMSNorm, ScalarModel, Transformer, choose, derive, filter_logits, generate, generation_steps, last_scores, prefill, rope_table, rotate, row_uniforms, token_logprobs, token_logprobs_and_entropy, token_values)
+    RMSNorm,
+    ScalarModel,
+    Transformer,
+    choose,
+    derive,
+    filter_logits,
+    generate,
+    generation_steps,
+    last_scores,
+    prefill,
+    rope_table,
+    rotate,
+    row_uniforms,
+    token_logprobs,
+    token_logprobs_and_entropy,
+    token_values,
+)
 from weights.initial import init_weights, random_weight, random_weights
 from evaluation.chat import stream
 
@@ -25,18 +42,43 @@ def ragged(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.line(22)
-@pytest.mark.parametrize("changes", [{}, {"n_kv_heads": 1}, {"n_kv_heads": 4}, {"rope_theta": 500.0}, {"tie_embeddings": True}, {"rope_scaling": 3.0},
-                                     {"vocab_size": 67, "norm_eps": 1e-3}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"n_kv_heads": 1},
+        {"n_kv_heads": 4},
+        {"rope_theta": 500.0},
+        {"tie_embeddings": True},
+        {"rope_scaling": 3.0},
+        {"vocab_size": 67, "norm_eps": 1e-3},
+    ],
+)
 def test_logits_equal_transformers(config, changes):
-    transformers = pytest.importorskip("transformers", reason="transformers judges the logits; it is a development dependency")
+    transformers = pytest.importorskip(
+        "transformers", reason="transformers judges the logits; it is a development dependency"
+    )
     config = replace(config, **changes)
     model = Transformer(config)
     init_weights(model, 3)
-    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        hidden_size=config.dim, num_hidden_layers=config.n_layers, num_attention_heads=config.n_heads,
-        num_key_value_heads=config.n_kv_heads, vocab_size=config.vocab_size, intermediate_size=config.ffn_dim,
-        max_position_embeddings=config.max_seq_len, rms_norm_eps=config.norm_eps, tie_word_embeddings=config.tie_embeddings,
-        rope_parameters={"rope_type": "linear", "factor": config.rope_scaling, "rope_theta": config.rope_theta}))
+    theirs = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            hidden_size=config.dim,
+            num_hidden_layers=config.n_layers,
+            num_attention_heads=config.n_heads,
+            num_key_value_heads=config.n_kv_heads,
+            vocab_size=config.vocab_size,
+            intermediate_size=config.ffn_dim,
+            max_position_embeddings=config.max_seq_len,
+            rms_norm_eps=config.norm_eps,
+            tie_word_embeddings=config.tie_embeddings,
+            rope_parameters={
+                "rope_type": "linear",
+                "factor": config.rope_scaling,
+                "rope_theta": config.rope_theta,
+            },
+        )
+    )
     theirs.load_state_dict(model.state_dict())
     tokens = ragged()[0]
     torch.testing.assert_close(model(tokens), theirs(tokens).logits, atol=1e-4, rtol=0)
@@ -50,7 +92,10 @@ def test_attention_against_plain_loops(config):
     init_weights(model, 5)
     tokens = torch.tensor([3, 8, 21, 8, 40])
     w = {name: tensor.double() for name, tensor in model.state_dict().items()}
-    def norm(x, weight): return weight * x / (x.square().mean() + config.norm_eps).sqrt()
+
+    def norm(x, weight):
+        return weight * x / (x.square().mean() + config.norm_eps).sqrt()
+
     def turn(x, t):
         half, out = len(x) // 2, x.clone()
         for i in range(half):
@@ -58,6 +103,7 @@ def test_attention_against_plain_loops(config):
             out[i] = x[i] * math.cos(angle) - x[i + half] * math.sin(angle)
             out[i + half] = x[i + half] * math.cos(angle) + x[i] * math.sin(angle)
         return out
+
     size, group = config.dim // config.n_heads, config.n_heads // config.n_kv_heads
     layer = "model.layers.0."
     x = [w["model.embed_tokens.weight"][t] for t in tokens]
@@ -66,12 +112,19 @@ def test_attention_against_plain_loops(config):
     for t in range(len(tokens)):
         heads = []
         for head in range(config.n_heads):
-            scores = torch.stack([turn(q[t][head], t) @ turn(k[s][head // group], s) / size ** 0.5 for s in range(t + 1)])
+            scores = torch.stack(
+                [
+                    turn(q[t][head], t) @ turn(k[s][head // group], s) / size**0.5
+                    for s in range(t + 1)
+                ]
+            )
             heads.append(sum(p * v[s][head // group] for s, p in enumerate(scores.softmax(0))))
         y = x[t] + w[layer + "self_attn.o_proj.weight"] @ torch.cat(heads)
         z = norm(y, w[layer + "post_attention_layernorm.weight"])
         gate = w[layer + "mlp.gate_proj.weight"] @ z
-        y = y + w[layer + "mlp.down_proj.weight"] @ (gate * torch.sigmoid(gate) * (w[layer + "mlp.up_proj.weight"] @ z))
+        y = y + w[layer + "mlp.down_proj.weight"] @ (
+            gate * torch.sigmoid(gate) * (w[layer + "mlp.up_proj.weight"] @ z)
+        )
         logits = w["lm_head.weight"] @ norm(y, w["model.norm.weight"])
         torch.testing.assert_close(model(tokens[None])[0, t].double(), logits, atol=1e-5, rtol=0)
 
@@ -81,13 +134,30 @@ def test_rotation_is_metas_with_the_rows_of_q_and_k_reordered(config):
     """Meta turns neighbouring pairs as complex numbers; the Hugging Face layout, ours, holds real parts before imaginary ones."""
     heads, size, time = config.n_heads, config.dim // config.n_heads, 9
     g = torch.Generator().manual_seed(0)
-    meta_weight, x = torch.randn(heads * size, config.dim, generator=g), torch.randn(time, config.dim, generator=g)
-    rows = [head * size + 2 * i + part for head in range(heads) for part in (0, 1) for i in range(size // 2)]
-    ours = rotate((x @ meta_weight[rows].T).view(1, time, heads, size), rope_table(torch.arange(time)[None], config))
+    meta_weight, x = (
+        torch.randn(heads * size, config.dim, generator=g),
+        torch.randn(time, config.dim, generator=g),
+    )
+    rows = [
+        head * size + 2 * i + part
+        for head in range(heads)
+        for part in (0, 1)
+        for i in range(size // 2)
+    ]
+    ours = rotate(
+        (x @ meta_weight[rows].T).view(1, time, heads, size),
+        rope_table(torch.arange(time)[None], config),
+    )
     pairs = torch.view_as_complex((x @ meta_weight.T).view(time, heads, size // 2, 2).double())
-    angles = torch.arange(time)[:, None] * config.rope_theta ** (-2 * torch.arange(size // 2).double() / size)
-    theirs = torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)[:, None]).flatten(2)
-    torch.testing.assert_close(ours[0].flatten(1).double(), theirs.flatten(1)[:, rows], atol=1e-5, rtol=0)
+    angles = torch.arange(time)[:, None] * config.rope_theta ** (
+        -2 * torch.arange(size // 2).double() / size
+    )
+    theirs = torch.view_as_real(
+        pairs * torch.polar(torch.ones_like(angles), angles)[:, None]
+    ).flatten(2)
+    torch.testing.assert_close(
+        ours[0].flatten(1).double(), theirs.flatten(1)[:, rows], atol=1e-5, rtol=0
+    )
 
 
 @pytest.mark.line(6, 21)
@@ -114,9 +184,15 @@ def test_token_logprobs_are_shifted_once(actor):
             if i <= 2:
                 assert logprobs[b, t] == 0 and entropy[b, t] == 0
                 continue
-            distribution = (actor(row[None, :i])[0, -1].double() / 0.7).softmax(0)  # sees tokens before i only
-            assert logprobs[b, t].item() == pytest.approx(distribution[row[i]].log().item(), abs=1e-5)
-            assert entropy[b, t].item() == pytest.approx(-(distribution * distribution.log()).sum().item(), abs=1e-5)
+            distribution = (actor(row[None, :i])[0, -1].double() / 0.7).softmax(
+                0
+            )  # sees tokens before i only
+            assert logprobs[b, t].item() == pytest.approx(
+                distribution[row[i]].log().item(), abs=1e-5
+            )
+            assert entropy[b, t].item() == pytest.approx(
+                -(distribution * distribution.log()).sum().item(), abs=1e-5
+            )
     torch.testing.assert_close(token_logprobs(actor(tokens), tokens), token_logprobs(actor, tokens))
     assert logprobs[~response].abs().max() == 0
 
@@ -134,7 +210,10 @@ def test_logits_become_float32_before_the_softmax():
 
 @pytest.mark.line(15, 22)
 def test_norm_is_computed_in_float32():
-    norm, x = RMSNorm(64, 1e-5), (torch.randn(8, 64, generator=torch.Generator().manual_seed(0)) * 30).bfloat16()
+    norm, x = (
+        RMSNorm(64, 1e-5),
+        (torch.randn(8, 64, generator=torch.Generator().manual_seed(0)) * 30).bfloat16(),
+    )
     exact = (x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt()).bfloat16()
     assert torch.equal(norm.bfloat16()(x), exact)
 
@@ -144,10 +223,13 @@ def test_activation_checkpointing_keeps_less_and_gives_equal_gradients(actor):
 
     def backward() -> tuple[int, list[torch.Tensor]]:
         kept: list[int] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.nbytes) or x, lambda x: x):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x: kept.append(x.nbytes) or x, lambda x: x
+        ):
             loss = token_logprobs(actor, tokens, mask).sum()
         gradients = torch.autograd.grad(loss, list(actor.parameters()))
         return sum(kept), gradients
+
     plain, plain_gradients = backward()
     actor.model.recompute = True
     less, gradients = backward()
@@ -196,7 +278,9 @@ def test_score_is_read_at_the_last_real_token(critic):
     tokens, mask = ragged()
     scores = last_scores(critic, tokens, mask)
     for b in range(3):
-        assert scores[b].item() == pytest.approx(critic(tokens[b][mask[b]][None])[0, -1].item(), abs=1e-5)
+        assert scores[b].item() == pytest.approx(
+            critic(tokens[b][mask[b]][None])[0, -1].item(), abs=1e-5
+        )
 
 
 @pytest.mark.line(23)
@@ -212,18 +296,24 @@ def test_cached_greedy_equals_full_forward_greedy(actor):
 @pytest.mark.line(23)
 def test_sampling_does_not_depend_on_the_batch(actor):
     together = generate(actor, PROMPTS, 20, seed=7, eos_id=5, rows=[4, 9, 2])
-    alone = [generate(actor, [p], 20, seed=7, eos_id=5, rows=[row]) for p, row in zip(PROMPTS, (4, 9, 2))]
+    alone = [
+        generate(actor, [p], 20, seed=7, eos_id=5, rows=[row]) for p, row in zip(PROMPTS, (4, 9, 2))
+    ]
     chunked = generate(actor, PROMPTS, 20, seed=7, eos_id=5, rows=[4, 9, 2], batch_size=2)
     assert together.tokens == [a.tokens[0] for a in alone] == chunked.tokens
     assert generate(actor, PROMPTS, 20, seed=8, eos_id=5, rows=[4, 9, 2]).tokens != together.tokens
-    assert len({len(row) for row in together.tokens}) > 1, "rows should end at different lengths, or compaction is not tested"
+    assert len({len(row) for row in together.tokens}) > 1, (
+        "rows should end at different lengths, or compaction is not tested"
+    )
 
 
 @pytest.mark.line(12)
 def test_sampler_logprobs_are_the_models(actor):
     out = generate(actor, PROMPTS, 15, temperature=1.3, top_k=20, seed=3)
     for prompt, new, logprobs in zip(PROMPTS, *out):
-        expected = token_logprobs(actor, torch.tensor([prompt + new]), temperature=1.3)[0, len(prompt):]
+        expected = token_logprobs(actor, torch.tensor([prompt + new]), temperature=1.3)[
+            0, len(prompt) :
+        ]
         torch.testing.assert_close(torch.tensor(logprobs), expected, atol=1e-5, rtol=0)
 
 
@@ -275,17 +365,18 @@ def test_stop_ends_a_row_once(actor):
     def stop(ids: list[int]) -> bool:
         asked.append(tuple(ids))
         return ids[-1] % 7 == 0
+
     free = generate(actor, PROMPTS * 10, 25).tokens
     out = generate(actor, PROMPTS * 10, 25, stop=stop).tokens
     for row, whole in zip(out, free):
         ends = [n + 1 for n, token in enumerate(whole) if token % 7 == 0]
-        assert row == whole[:ends[0] if ends else 25]
+        assert row == whole[: ends[0] if ends else 25]
     assert not any(token % 7 == 0 for ids in asked for token in ids[:-1])
     assert set(asked) == {tuple(row[:n]) for row in out for n in range(1, min(len(row), 24) + 1)}
     # of a row that gets all its tokens, nobody has to be asked after the last one
     assert len(asked) == sum(min(len(row), 24) for row in out)
     both = generate(actor, PROMPTS * 10, 25, stop=stop, eos_id=5).tokens
-    assert both == [row[:row.index(5) + 1] if 5 in row else row for row in out]
+    assert both == [row[: row.index(5) + 1] if 5 in row else row for row in out]
 
 
 def test_sampling_frequencies(actor):
@@ -293,7 +384,9 @@ def test_sampling_frequencies(actor):
     uniforms = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
     tokens, logprobs = choose(logits, uniforms, temperature=0.5, top_k=0, top_p=1.0)
     expected = torch.tensor([0.0, 2.0, 4.0]).softmax(0)
-    torch.testing.assert_close(tokens.bincount(minlength=4)[:3] / 20_000, expected, atol=0.01, rtol=0)
+    torch.testing.assert_close(
+        tokens.bincount(minlength=4)[:3] / 20_000, expected, atol=0.01, rtol=0
+    )
     assert (tokens != 3).all()
     torch.testing.assert_close(logprobs, expected.log()[tokens])
     assert choose(logits[:1], torch.tensor([0.99999994]), 0.5, 0, 1.0)[0].item() == 2
@@ -301,7 +394,9 @@ def test_sampling_frequencies(actor):
 
 def test_filters_keep_the_right_tokens():
     logits = torch.tensor([[0.5, 0.2, 0.2, 0.1]]).log()
-    assert (filter_logits(logits, 2, 1.0) > -torch.inf).tolist() == [[True, True, True, False]]  # a tie at the border stays
+    assert (filter_logits(logits, 2, 1.0) > -torch.inf).tolist() == [
+        [True, True, True, False]
+    ]  # a tie at the border stays
     assert (filter_logits(logits, 0, 0.5) > -torch.inf).tolist() == [[True, False, False, False]]
     assert (filter_logits(logits, 0, 0.6) > -torch.inf).sum().item() == 2
     assert (filter_logits(logits, 1, 0.01) > -torch.inf).sum().item() == 1
@@ -319,21 +414,41 @@ def test_top_p_is_a_share_of_what_top_k_leaves():
 # ---------------------------------------------------------------------------------------------
 # Noise
 
+
 def test_derived_seeds_do_not_collide():
-    keys = [(0, "a"), (0, "a", 0), (0, "a", "0"), (0, "ab"), (0, "a", "b"), (1, "a"), (0, 1), (0, "1"),
-            (0, 1_000_003), (1, 0), (0,), (-1, 1)]
+    keys = [
+        (0, "a"),
+        (0, "a", 0),
+        (0, "a", "0"),
+        (0, "ab"),
+        (0, "a", "b"),
+        (1, "a"),
+        (0, 1),
+        (0, "1"),
+        (0, 1_000_003),
+        (1, 0),
+        (0,),
+        (-1, 1),
+    ]
     seeds = [derive(*key) for key in keys]
     assert len(set(seeds)) == len(seeds)
-    assert all(0 <= seed < 2 ** 63 for seed in seeds)
+    assert all(0 <= seed < 2**63 for seed in seeds)
     assert derive(0, 3) == derive(numpy.int64(0), numpy.int32(3)) == derive(0, torch.tensor(3))
     assert derive(7, "head") == 1013837393615394227, "results of old runs can be had again"
     with pytest.raises(TypeError):
         derive(0, 1.0)
 
 
-@pytest.mark.parametrize("one,other", [
-    ((0, 1_000_003), (1, 0)), ((2, 5), (0, 2_000_011)), ((3, 1_000_003), (4, 0)), ((0, 1), (1, 0)),
-    ((0, COLLIDES[0]), (0, COLLIDES[1]))])
+@pytest.mark.parametrize(
+    "one,other",
+    [
+        ((0, 1_000_003), (1, 0)),
+        ((2, 5), (0, 2_000_011)),
+        ((3, 1_000_003), (4, 0)),
+        ((0, 1), (1, 0)),
+        ((0, COLLIDES[0]), (0, COLLIDES[1])),
+    ],
+)
 def test_every_row_has_its_own_noise(one, other):
     """By seed * 1000003 + row, or by 32 bits of a seed, these were the same."""
     noise = [row_uniforms(seed, [row], 50) for seed, row in (one, other)]
@@ -343,7 +458,7 @@ def test_every_row_has_its_own_noise(one, other):
 
 def test_rows_that_32_bits_would_confuse():
     first, second = (derive(0, row) for row in COLLIDES)
-    assert first != second and first % 2 ** 32 == second % 2 ** 32
+    assert first != second and first % 2**32 == second % 2**32
 
 
 def test_noise_is_uniform_and_grows_at_its_end():
@@ -362,7 +477,9 @@ def test_every_weight_is_drawn_by_its_name(config):
     assert all(torch.equal(shallow[name], deep[name]) for name in shared)
     assert all(torch.equal(scalar[name], shallow[name]) for name in scalar.keys() & shallow.keys())
     other_seed = dict(random_weights(Transformer(config), 1))
-    assert not any(torch.equal(shallow[name], other_seed[name]) for name in shared if "norm" not in name)
+    assert not any(
+        torch.equal(shallow[name], other_seed[name]) for name in shared if "norm" not in name
+    )
     first, second = (shallow[f"model.layers.{i}.self_attn.q_proj.weight"] for i in (0, 1))
     assert not torch.equal(first, second)
 
@@ -380,9 +497,12 @@ def test_weights_have_the_size_that_is_promised(config):
     config = replace(config, dim=256, ffn_dim=512, n_layers=8)
     weights = dict(random_weights(Transformer(config), 0))
     layer = "model.layers.3."
-    for name, expected in [("model.embed_tokens", 1 / 16), (layer + "self_attn.q_proj", 1 / 16),
-                           (layer + "self_attn.o_proj", 1 / 64),
-                           (layer + "mlp.down_proj", 512 ** -0.5 / 4)]:
+    for name, expected in [
+        ("model.embed_tokens", 1 / 16),
+        (layer + "self_attn.q_proj", 1 / 16),
+        (layer + "self_attn.o_proj", 1 / 64),
+        (layer + "mlp.down_proj", 512**-0.5 / 4),
+    ]:
         assert weights[name + ".weight"].std().item() == pytest.approx(expected, rel=0.03)
     assert (weights[layer + "input_layernorm.weight"] == 1).all()
     head = random_weight("score.weight", (1, 4095), config, 0)
@@ -397,11 +517,18 @@ def test_generation_refuses_what_does_not_fit(actor):
     assert generate(actor, [], 5).tokens == []
 
 
-@pytest.mark.parametrize("bad,message", [
-    ({"dim": 30}, "dim=30 must be a multiple"), ({"n_kv_heads": 3}, "n_kv_heads=3"),
-    ({"n_layers": 0}, "n_layers=0"), ({"vocab_size": -1}, "vocab_size=-1"),
-    ({"max_seq_len": "64"}, "max_seq_len='64'"), ({"rope_theta": 0.0}, "rope_theta=0.0"),
-    ({"rope_scaling": math.nan}, "rope_scaling=nan")])
+@pytest.mark.parametrize(
+    "bad,message",
+    [
+        ({"dim": 30}, "dim=30 must be a multiple"),
+        ({"n_kv_heads": 3}, "n_kv_heads=3"),
+        ({"n_layers": 0}, "n_layers=0"),
+        ({"vocab_size": -1}, "vocab_size=-1"),
+        ({"max_seq_len": "64"}, "max_seq_len='64'"),
+        ({"rope_theta": 0.0}, "rope_theta=0.0"),
+        ({"rope_scaling": math.nan}, "rope_scaling=nan"),
+    ],
+)
 def test_impossible_shapes(config, bad, message):
     with pytest.raises(ValueError, match=message):
         replace(config, **bad)

@@ -12,6 +12,7 @@ import parallel
 import ppo
 import reward
 import sft
+import train
 from model import ModelConfig, ScalarModel, Transformer
 from run import settings
 from run import planner
@@ -242,7 +243,7 @@ def test_advice_fits_when_taken():
     lines = done.stdout.splitlines()
     advice = [line.split("fits with ")[1].split() for line in lines if "fits with" in line]
     assert advice and "does not fit" in done.stdout
-    config = settings.parse_args(["--plan", "--model=7b", "--ranks=4", *advice[-1]])
+    config = settings.parse_args(["--plan", "--model=7b", "--ranks=4", *advice[-1]], train.STAGES)
     parts = planner.plan_stage("ppo update", config, planner.SIZES["7b"], planner.SIZES["7b"])
     assert sum(parts) <= 80e9 - planner.RESERVE
 

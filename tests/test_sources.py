@@ -1,8 +1,8 @@
 """Where the data of every stage comes from: what is held out reaches no stage, the path on real
 files, rewards as functions, and what is refused."""
+
 import dataclasses
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -10,19 +10,25 @@ import pytest
 import torch
 
 import data
-import golden
 import parallel
 import train
 from formats import Message
-from formats.files import read_jsonl, write_jsonl
+from formats.files import read_jsonl
 from model import ScalarModel, Transformer, generate
 from run import folder, settings, sources
 from run.sources import prompt_key
-from weights import load_pretrained, save_pretrained
+from weights import load_pretrained
 
 LENGTHS = ["--data.template=plain", "--data.max_prompt_tokens=60", "--data.max_response_tokens=12"]
-SMALL = ["--sft.batch_size=16", "--sft.epochs=1", "--sft.lr=1e-3", "--reward.batch_size=4",
-         "--ppo.batch_size=8", "--ppo.minibatch_size=8", "--ppo.iterations=2"]
+SMALL = [
+    "--sft.batch_size=16",
+    "--sft.epochs=1",
+    "--sft.lr=1e-3",
+    "--reward.batch_size=4",
+    "--ppo.batch_size=8",
+    "--ppo.minibatch_size=8",
+    "--ppo.iterations=2",
+]
 WORDS = ["cat", "dog", "cow", "hen", "fox", "owl", "plum", "fig", "pear", "lime"]
 
 
@@ -37,11 +43,13 @@ def files(tmp_path_factory) -> Path:
     folder_ = tmp_path_factory.mktemp("files")
     prompts = [f"Copy: {a} {b}" for a in WORDS for b in WORDS[:6]]
     prompts += ["Copy:  cat cat", "Copy: cat cat "]
-    rows = [{"prompt": prompt, "response": prompt.removeprefix("Copy:").strip()}
-            for prompt in prompts]
+    rows = [
+        {"prompt": prompt, "response": prompt.removeprefix("Copy:").strip()} for prompt in prompts
+    ]
     write(folder_ / "prompts.jsonl", rows)
     (folder_ / "length.py").write_text(
-        "def score(prompt, response, answer):\n    return len(response) + (response == answer)\n")
+        "def score(prompt, response, answer):\n    return len(response) + (response == answer)\n"
+    )
     return folder_
 
 
@@ -49,10 +57,20 @@ def files(tmp_path_factory) -> Path:
 def real(finished, files, tmp_path_factory) -> Path:
     """A whole run on files with a function that ranks and judges."""
     out = tmp_path_factory.mktemp("runs") / "real"
-    train.main([f"--model={finished[0] / 'sft'}", f"--out={out}", *LENGTHS, *SMALL,
-                f"--sft.data={files / 'prompts.jsonl'}", f"--ppo.prompts={files / 'prompts.jsonl'}",
-                f"--reward.function={files / 'length.py'}", "--eval.holdout=8",
-                "--reward.sampled_prompts=30", "--ppo.iterations=12"])
+    train.main(
+        [
+            f"--model={finished[0] / 'sft'}",
+            f"--out={out}",
+            *LENGTHS,
+            *SMALL,
+            f"--sft.data={files / 'prompts.jsonl'}",
+            f"--ppo.prompts={files / 'prompts.jsonl'}",
+            f"--reward.function={files / 'length.py'}",
+            "--eval.holdout=8",
+            "--reward.sampled_prompts=30",
+            "--ppo.iterations=12",
+        ]
+    )
     return out
 
 
@@ -69,6 +87,7 @@ def normal(text: str) -> str:
 
 # ---------------------------------------------------------------------------------------------
 # Held out
+
 
 def test_no_stage_is_handed_a_held_out_prompt(real, files):
     """Held out and handed out are disjoint and together the file; duplicates are on one side."""
@@ -92,8 +111,13 @@ def test_the_choice_does_not_depend_on_order_and_is_made_once(real, files, tmp_p
     turned = write(tmp_path / "turned.jsonl", rows[::-1])
     held = {prompt_key(sources.prompt_of(row, "")) for row in read_jsonl(real / "heldout.jsonl")}
     # a later run on this one, with other files and another number, holds out the same prompts
-    run, source = open_run(tmp_path / "later", f"--base={real}", f"--ppo.prompts={turned}",
-                           "--eval.holdout=3", "--stages=ppo")
+    run, source = open_run(
+        tmp_path / "later",
+        f"--base={real}",
+        f"--ppo.prompts={turned}",
+        "--eval.holdout=3",
+        "--stages=ppo",
+    )
     (tmp_path / "later").mkdir()
     source.choose_heldout()
     assert source.heldout_keys == held and not (tmp_path / "later" / "heldout.jsonl").exists()
@@ -105,6 +129,7 @@ def test_the_choice_does_not_depend_on_order_and_is_made_once(real, files, tmp_p
 
 def run_records(path: Path):
     import formats
+
     return formats.read_prompts([str(path)])[0]
 
 
@@ -112,8 +137,14 @@ def test_prompts_given_for_the_evaluation_are_left_out_of_training(finished, fil
     chosen = write(tmp_path / "eval.jsonl", [{"prompt": "Copy: fox dog"}, {"prompt": "Copy: owl"}])
     out = tmp_path / "run"
     out.mkdir()
-    run, source = open_run(out, f"--model={finished[0] / 'sft'}", *LENGTHS, "--stages=ppo",
-                           f"--ppo.prompts={files / 'prompts.jsonl'}", f"--eval.prompts={chosen}")
+    run, source = open_run(
+        out,
+        f"--model={finished[0] / 'sft'}",
+        *LENGTHS,
+        "--stages=ppo",
+        f"--ppo.prompts={files / 'prompts.jsonl'}",
+        f"--eval.prompts={chosen}",
+    )
     source.choose_heldout()
     assert [prompt.text for prompt in source.heldout()] == ["Copy: fox dog", "Copy: owl"]
     trained = {prompt.text for prompt in source.prompts_to_train()}
@@ -122,8 +153,14 @@ def test_prompts_given_for_the_evaluation_are_left_out_of_training(finished, fil
 
 def test_nothing_held_out_is_no_evaluation(finished, files, tmp_path):
     """--eval.holdout=0 evaluated on every training prompt."""
-    flags = [f"--model={finished[0] / 'sft'}", f"--out={tmp_path / 'a'}", *LENGTHS,
-             f"--ppo.prompts={files / 'prompts.jsonl'}", "--eval.holdout=0", "--stages=eval"]
+    flags = [
+        f"--model={finished[0] / 'sft'}",
+        f"--out={tmp_path / 'a'}",
+        *LENGTHS,
+        f"--ppo.prompts={files / 'prompts.jsonl'}",
+        "--eval.holdout=0",
+        "--stages=eval",
+    ]
     with pytest.raises(ValueError, match="the evaluation needs prompts that no stage has seen"):
         train.main(flags)
     with pytest.raises(ValueError, match="60 different prompts and --eval.holdout=60"):
@@ -136,8 +173,9 @@ def test_the_worlds_evaluation_asks_nothing_twice(finished):
 
 
 def test_held_out_rankings_share_no_prompt_with_the_others():
-    ranked = [sources.Ranked(data.TokenizedRanking([1, i % 7], [[3], [4]], [1, 2]), "")
-              for i in range(40)]
+    ranked = [
+        sources.Ranked(data.TokenizedRanking([1, i % 7], [[3], [4]], [1, 2]), "") for i in range(40)
+    ]
     held, rest = train.hold_out(ranked, 0.3)
     prompts = [{tuple(one.ranking.prompt) for one in part} for part in (held, rest)]
     assert not prompts[0] & prompts[1] and len(prompts[0]) == 2 and len(held) + len(rest) == 40
@@ -148,19 +186,29 @@ def test_held_out_rankings_share_no_prompt_with_the_others():
 # ---------------------------------------------------------------------------------------------
 # What earlier runs left
 
+
 def test_the_tokenizer_comes_from_the_base(finished, tmp_path, monkeypatch):
     def other(path, vocab_size):
         raise AssertionError("the base's models know the base's pieces")
+
     monkeypatch.setattr(folder.microcosm, "train_tokenizer", other)
     train.main([f"--base={finished[0]}", f"--out={tmp_path / 'b'}", "--stages=eval"])
     assert (tmp_path / "b" / "tokenizer.model").read_bytes() == (
-        finished[0] / "tokenizer.model").read_bytes()
+        finished[0] / "tokenizer.model"
+    ).read_bytes()
 
 
 def test_ranks_belong_to_the_prompt_in_the_file(finished, tmp_path):
     """A base of another seed, with other prompts: its responses are ranked against its prompts."""
-    train.main([f"--base={finished[0]}", f"--out={tmp_path / 'b'}", "--stages=annotate",
-                "--seed=7", "--reward.sampled_prompts=11"])
+    train.main(
+        [
+            f"--base={finished[0]}",
+            f"--out={tmp_path / 'b'}",
+            "--stages=annotate",
+            "--seed=7",
+            "--reward.sampled_prompts=11",
+        ]
+    )
     rows = read_jsonl(tmp_path / "b" / "ranked.jsonl")
     assert len(rows) == 40
     run, _ = open_run(tmp_path / "b")
@@ -195,15 +243,31 @@ def test_without_git_a_run_starts(monkeypatch):
 # ---------------------------------------------------------------------------------------------
 # Dialogues
 
+
 def test_annotators_and_evaluation_see_the_whole_dialogue(finished, tmp_path):
-    turns = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Copy: cat"},
-             {"role": "assistant", "content": "cat"}]
-    rows = [{"messages": [*turns, {"role": "user", "content": f"Copy: {word} {other}"}]}
-            for word in WORDS for other in WORDS[:3]]
+    turns = [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": "Copy: cat"},
+        {"role": "assistant", "content": "cat"},
+    ]
+    rows = [
+        {"messages": [*turns, {"role": "user", "content": f"Copy: {word} {other}"}]}
+        for word in WORDS
+        for other in WORDS[:3]
+    ]
     path = write(tmp_path / "dialogues.jsonl", rows)
     out = tmp_path / "run"
-    train.main([f"--model={finished[0] / 'sft'}", f"--out={out}", *LENGTHS, "--stages=sample",
-                f"--ppo.prompts={path}", "--eval.holdout=5", "--reward.sampled_prompts=4"])
+    train.main(
+        [
+            f"--model={finished[0] / 'sft'}",
+            f"--out={out}",
+            *LENGTHS,
+            "--stages=sample",
+            f"--ppo.prompts={path}",
+            "--eval.holdout=5",
+            "--reward.sampled_prompts=4",
+        ]
+    )
     for name in ("to_rank.jsonl", "heldout.jsonl"):
         for row in read_jsonl(out / name):
             assert row["prompt"][:3] == turns and row["prompt"][3]["content"].startswith("Copy: ")
@@ -214,28 +278,44 @@ def test_annotators_and_evaluation_see_the_whole_dialogue(finished, tmp_path):
 # ---------------------------------------------------------------------------------------------
 # The reward model
 
+
 def test_a_reward_model_with_another_tokenizer_or_a_short_context_is_refused(finished, tmp_path):
     out = finished[0]
     other = tmp_path / "other"
     shutil.copytree(out / "reward", other)
     sources.microcosm.train_tokenizer(other / "tokenizer.model", 600)
     with pytest.raises(ValueError, match="is not the actor's"):
-        train.main([f"--base={out}", f"--out={tmp_path / 'b'}", "--stages=reward",
-                    f"--reward.model={other}"])
+        train.main(
+            [
+                f"--base={out}",
+                f"--out={tmp_path / 'b'}",
+                "--stages=reward",
+                f"--reward.model={other}",
+            ]
+        )
     short = tmp_path / "short"
     shutil.copytree(out / "reward", short)
     content = json.loads((short / "config.json").read_text())
     content["max_position_embeddings"] = 64
     (short / "config.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match="exceeds the context of --reward.model"):
-        train.main([f"--base={out}", f"--out={tmp_path / 'c'}", "--stages=reward",
-                    f"--reward.model={short}"])
+        train.main(
+            [
+                f"--base={out}",
+                f"--out={tmp_path / 'c'}",
+                "--stages=reward",
+                f"--reward.model={short}",
+            ]
+        )
 
 
 def test_calibration_is_on_samples_of_the_policy(finished, tmp_path, monkeypatch):
     """A stage-by-stage run without PPO's prompts calibrated on the ranked responses instead."""
-    pairs = [{"prompt": f"Copy: {a} {b}", "chosen": f"{a} {b}", "rejected": b}
-             for a in WORDS for b in WORDS[:4]]
+    pairs = [
+        {"prompt": f"Copy: {a} {b}", "chosen": f"{a} {b}", "rejected": b}
+        for a in WORDS
+        for b in WORDS[:4]
+    ]
     path = write(tmp_path / "pairs.jsonl", pairs)
     seen = {}
     calibrate = train.reward.calibrate
@@ -243,10 +323,19 @@ def test_calibration_is_on_samples_of_the_policy(finished, tmp_path, monkeypatch
     def look(scores):
         seen["scores"] = scores
         return calibrate(scores)
+
     monkeypatch.setattr(train.reward, "calibrate", look)
     out = tmp_path / "run"
-    train.main([f"--model={finished[0] / 'sft'}", f"--out={out}", *LENGTHS, *SMALL,
-                "--stages=reward", f"--reward.data={path}"])
+    train.main(
+        [
+            f"--model={finished[0] / 'sft'}",
+            f"--out={out}",
+            *LENGTHS,
+            *SMALL,
+            "--stages=reward",
+            f"--reward.data={path}",
+        ]
+    )
     run, source = open_run(out, "--stages=reward")
     _, rest = train.hold_out(source.rankings(), 0.1)
     prompts = [list(ranking.prompt) for ranking, _ in rest]
@@ -264,6 +353,7 @@ def test_the_critic_starts_as_the_calibrated_reward_model(finished, tmp_path, mo
     (tmp_path / "b").mkdir()
     run, source = open_run(tmp_path / "b", f"--base={out}", "--stages=ppo")
     from run.models import open_reward, ppo_models
+
     critic = ppo_models(run).critic
     prompts = source.prompts_to_train()[:16]
     rows = [[*prompt.ids, 5, 6, 2] for prompt in prompts]
@@ -278,6 +368,7 @@ def test_the_critic_starts_as_the_calibrated_reward_model(finished, tmp_path, mo
 # ---------------------------------------------------------------------------------------------
 # A reward as a function
 
+
 def test_a_function_ranks_and_judges(real):
     for row in read_jsonl(real / "ranked.jsonl"):
         best = min(row["ranks"])
@@ -287,8 +378,11 @@ def test_a_function_ranks_and_judges(real):
     for row in read_jsonl(real / "answers.jsonl"):
         assert row["values"]["score"] == len(row["response"]) + (row["response"] == row["answer"])
     results = json.loads((real / "eval.json").read_text())
-    answers = [row["values"]["score"] for row in read_jsonl(real / "answers.jsonl")
-               if row["model"] == "ppo"]
+    answers = [
+        row["values"]["score"]
+        for row in read_jsonl(real / "answers.jsonl")
+        if row["model"] == "ppo"
+    ]
     mean = results["models"]["ppo"]["in_domain"]["score"]
     assert mean == pytest.approx(sum(answers) / len(answers))
 
@@ -296,9 +390,20 @@ def test_a_function_ranks_and_judges(real):
 def test_a_function_alone_is_enough(finished, files, tmp_path):
     """No SFT, no rankings, no reward model: PPO from --model, the best of three, the evaluation."""
     out = tmp_path / "run"
-    train.main([f"--model={finished[0] / 'sft'}", f"--out={out}", *LENGTHS, *SMALL, "--ppo.lr=1e-3",
-                "--stages=ppo,eval", f"--ppo.prompts={files / 'prompts.jsonl'}", "--eval.best_of=3",
-                f"--reward.function={files / 'length.py'}", "--eval.holdout=8"])
+    train.main(
+        [
+            f"--model={finished[0] / 'sft'}",
+            f"--out={out}",
+            *LENGTHS,
+            *SMALL,
+            "--ppo.lr=1e-3",
+            "--stages=ppo,eval",
+            f"--ppo.prompts={files / 'prompts.jsonl'}",
+            "--eval.best_of=3",
+            f"--reward.function={files / 'length.py'}",
+            "--eval.holdout=8",
+        ]
+    )
     results = json.loads((out / "eval.json").read_text())
     assert list(results["models"]) == ["base", "best-of-3", "ppo"]
     assert results["reference"] == "base" and list(results["changes"]) == ["best-of-3", "ppo"]
@@ -307,53 +412,100 @@ def test_a_function_alone_is_enough(finished, files, tmp_path):
     rows = [row for row in read_jsonl(out / "metrics.jsonl")]
     samples = read_jsonl(out / "samples.jsonl")
     assert len(rows) == 2 and not (out / "reward").exists()
-    assert all(row["score"] == len(row["response"]) + 0.0 or row["score"] > len(row["response"])
-               for row in samples)
+    assert all(
+        row["score"] == len(row["response"]) + 0.0 or row["score"] > len(row["response"])
+        for row in samples
+    )
 
 
 BAD_FUNCTIONS = [
     ("", "defines neither score"),
-    ("def score(prompt, response, answer):\n    raise KeyError('x')", "score raised KeyError: 'x' for the prompt 'Copy: "),
-    ("def score(prompt, response, answer):\n    return float('nan')", "gave nan, expected a finite number, for the prompt 'Copy: "),
-    ("def score(prompt, response, answer):\n    return 'high'", "gave 'high', expected a finite number"),
-    ("def score(prompt, response, answer):\n    return None", "gave None, expected a finite number"),
-    ("def score_batch(prompts, responses, answers):\n    return [1.0]", "must return one number for each of the"),
-    ("def score_batch(prompts, responses, answers):\n    return 1.0", "must return one number for each of the"),
+    (
+        "def score(prompt, response, answer):\n    raise KeyError('x')",
+        "score raised KeyError: 'x' for the prompt 'Copy: ",
+    ),
+    (
+        "def score(prompt, response, answer):\n    return float('nan')",
+        "gave nan, expected a finite number, for the prompt 'Copy: ",
+    ),
+    (
+        "def score(prompt, response, answer):\n    return 'high'",
+        "gave 'high', expected a finite number",
+    ),
+    (
+        "def score(prompt, response, answer):\n    return None",
+        "gave None, expected a finite number",
+    ),
+    (
+        "def score_batch(prompts, responses, answers):\n    return [1.0]",
+        "must return one number for each of the",
+    ),
+    (
+        "def score_batch(prompts, responses, answers):\n    return 1.0",
+        "must return one number for each of the",
+    ),
     ("def score(prompt, response):\n    return 1.0", "score raised TypeError"),
     ("def score(prompt, response, answer) return 1", "cannot be run: SyntaxError"),
     ("import no_such_module", "cannot be run: ModuleNotFoundError"),
 ]
 
 
-@pytest.mark.parametrize("code,message", BAD_FUNCTIONS, ids=[message for _, message in BAD_FUNCTIONS])
+@pytest.mark.parametrize(
+    "code,message", BAD_FUNCTIONS, ids=[message for _, message in BAD_FUNCTIONS]
+)
 def test_bad_functions_get_one_line(finished, files, tmp_path, code, message):
     path = tmp_path / "bad.py"
     path.write_text(code + "\n")
     with pytest.raises(ValueError) as error:
-        train.main([f"--model={finished[0] / 'sft'}", f"--out={tmp_path / 'run'}", *LENGTHS, *SMALL,
-                    "--stages=ppo", f"--ppo.prompts={files / 'prompts.jsonl'}",
-                    f"--reward.function={path}", "--eval.holdout=8"])
+        train.main(
+            [
+                f"--model={finished[0] / 'sft'}",
+                f"--out={tmp_path / 'run'}",
+                *LENGTHS,
+                *SMALL,
+                "--stages=ppo",
+                f"--ppo.prompts={files / 'prompts.jsonl'}",
+                f"--reward.function={path}",
+                "--eval.holdout=8",
+            ]
+        )
     text = str(error.value)
     assert message in text and str(path) in text and "\n" not in text
+
+
+def test_a_function_that_cannot_be_loaded_stops_the_run_before_sft(finished, files, tmp_path):
+    path = tmp_path / "bad.py"
+    path.write_text("def rate(response):\n    return 1\n")
+    with pytest.raises(ValueError, match="defines neither score"):
+        train.main([f"--model={finished[0] / 'sft'}", f"--out={tmp_path / 'run'}", *LENGTHS, *SMALL,
+                    f"--sft.data={files / 'prompts.jsonl'}", f"--reward.function={path}",
+                    "--stages=sft"])
+    assert not (tmp_path / "run" / "sft").exists()
 
 
 def test_a_function_with_metrics_and_batches(tmp_path):
     from formats import Prompt
     from reward import RewardFunction
+
     path = tmp_path / "f.py"
-    path.write_text("def score_batch(prompts, responses, answers):\n"
-                    "    return [len(r) + (r == a) for r, a in zip(responses, answers)]\n"
-                    "def metrics(prompt, response, answer):\n"
-                    "    return {'words': len(response.split()), 'right': response == answer}\n")
+    path.write_text(
+        "def score_batch(prompts, responses, answers):\n"
+        "    return [len(r) + (r == a) for r, a in zip(responses, answers)]\n"
+        "def metrics(prompt, response, answer):\n"
+        "    return {'words': len(response.split()), 'right': response == answer}\n"
+    )
     function = RewardFunction(path)
     prompts = [Prompt((Message("user", "a"),), "", "bb"), Prompt((Message("user", "c"),), "")]
     assert function(prompts, ["bb", "d e"]) == [3.0, 3.0]
-    assert function.metrics(prompts, ["bb", "d e"]) == [{"words": 1.0, "right": 1.0},
-                                                        {"words": 2.0, "right": 0.0}]
+    assert function.metrics(prompts, ["bb", "d e"]) == [
+        {"words": 1.0, "right": 1.0},
+        {"words": 2.0, "right": 0.0},
+    ]
 
 
 # ---------------------------------------------------------------------------------------------
 # Advantages without a critic
+
 
 @pytest.mark.parametrize("advantage", ["group", "leave_one_out"])
 def test_without_a_critic_none_is_built_or_logged(finished, tmp_path, monkeypatch, advantage):
@@ -363,10 +515,18 @@ def test_without_a_critic_none_is_built_or_logged(finished, tmp_path, monkeypatc
     def look(kind, config, weights, machine, frozen=False):
         built.append((kind, frozen))
         return load(kind, config, weights, machine, frozen)
+
     monkeypatch.setattr(parallel, "build", look)
     out = tmp_path / "b"
-    train.main([f"--base={finished[0]}", f"--out={out}", "--stages=ppo",
-                f"--ppo.advantage={advantage}", "--ppo.responses_per_prompt=4"])
+    train.main(
+        [
+            f"--base={finished[0]}",
+            f"--out={out}",
+            "--stages=ppo",
+            f"--ppo.advantage={advantage}",
+            "--ppo.responses_per_prompt=4",
+        ]
+    )
     assert (ScalarModel, False) not in built and (Transformer, False) in built
     rows = read_jsonl(out / "metrics.jsonl")
     critics = {"explained_variance", "value_loss", "critic_grad_norm", "return_mean"}
@@ -379,23 +539,34 @@ def test_without_a_critic_none_is_built_or_logged(finished, tmp_path, monkeypatc
 def test_a_group_stands_together_and_every_prompt_comes_once(finished, tmp_path, monkeypatch):
     """Whoever draws: the episodes of a prompt are neighbours, each with noise of its own."""
     (tmp_path / "b").mkdir()
-    run, source = open_run(tmp_path / "b", f"--base={finished[0]}", "--stages=ppo",
-                           "--ppo.advantage=group", "--ppo.responses_per_prompt=4")
+    run, source = open_run(
+        tmp_path / "b",
+        f"--base={finished[0]}",
+        "--stages=ppo",
+        "--ppo.advantage=group",
+        "--ppo.responses_per_prompt=4",
+    )
     prompts = source.prompts_to_train()
     assert len(prompts) == 3 * 16 // 4
     asked: list[tuple[int, str]] = []
 
     def look(models, episodes, rows, *rest):
         asked.extend(zip(rows, (prompt.source for prompt in episodes), strict=True))
+
     monkeypatch.setattr(train.ppo, "collect", look)
     for iteration in range(3):
         for rank in range(2):
             machine = parallel.Machine(rank, 2, torch.device("cpu"), torch.float32)
-            train.roll_out(dataclasses.replace(run, machine=machine), train.ppo.Models(None, None),
-                           None, prompts, iteration)
+            train.roll_out(
+                dataclasses.replace(run, machine=machine),
+                train.ppo.Models(None, None),
+                None,
+                prompts,
+                iteration,
+            )
     assert [row for row, _ in asked] == list(range(48)), "no noise comes twice"
     names = [name for _, name in asked]
-    groups = [names[i:i + 4] for i in range(0, 48, 4)]
+    groups = [names[i : i + 4] for i in range(0, 48, 4)]
     assert all(len(set(group)) == 1 for group in groups)
     assert sorted(group[0] for group in groups) == sorted(prompt.source for prompt in prompts)
 
@@ -403,13 +574,15 @@ def test_a_group_stands_together_and_every_prompt_comes_once(finished, tmp_path,
 # ---------------------------------------------------------------------------------------------
 # What each stage is handed
 
+
 def test_rankings_of_held_out_prompts_are_left_out(real, files, tmp_path):
     rows = read_jsonl(files / "prompts.jsonl")
     pairs = [{"prompt": row["prompt"], "chosen": row["response"], "rejected": "x"} for row in rows]
     path = write(tmp_path / "pairs.jsonl", pairs)
     (tmp_path / "b").mkdir()
-    run, source = open_run(tmp_path / "b", f"--base={real}", f"--reward.data={path}",
-                           "--stages=reward")
+    run, source = open_run(
+        tmp_path / "b", f"--base={real}", f"--reward.data={path}", "--stages=reward"
+    )
     held = {tuple(prompt.ids) for prompt in source.heldout()}
     ranked = {tuple(one.ranking.prompt) for one in source.rankings()}
     assert len(held) == 8 and len(ranked) >= 50 and not held & ranked
@@ -418,9 +591,11 @@ def test_rankings_of_held_out_prompts_are_left_out(real, files, tmp_path):
 def test_with_both_the_model_pays_and_the_function_judges(real, files, tmp_path):
     def is_functions(row, score):
         return score == len(row["response"]) + (row["response"] == row["prompt"][6:].strip())
+
     rows = read_jsonl(real / "samples.jsonl")
     assert not all(is_functions(row, row["score"]) for row in rows)
     from run.models import open_reward
+
     (tmp_path / "b").mkdir()
     run, source = open_run(tmp_path / "b", f"--base={real}", "--stages=ppo")
     for kind, is_model in (("auto", True), ("model", True), ("function", False)):
@@ -431,6 +606,7 @@ def test_the_annotators_error_belongs_to_prompt_and_response(finished, tmp_path)
     """Equal texts get equal ranks in any order; another prompt, or another seed, another error."""
     from formats import Prompt
     from run.annotation import rank
+
     (tmp_path / "b").mkdir()
     flags = [f"--base={finished[0]}", "--stages=annotate", "--reward.noise=1"]
     run, _ = open_run(tmp_path / "b", *flags)
@@ -438,6 +614,7 @@ def test_the_annotators_error_belongs_to_prompt_and_response(finished, tmp_path)
 
     def none(prompts, texts):
         return [0.0] * len(texts)
+
     texts = ["a", "b", "c", "d", "e", "f", "a"]
     prompts = [Prompt((Message("user", text),), "") for text in ("one", "two")]
     ranks = rank(run, none, prompts[0], texts)
@@ -450,14 +627,19 @@ def test_the_annotators_error_belongs_to_prompt_and_response(finished, tmp_path)
 def test_score_batch_keeps_the_order(tmp_path):
     from formats import Prompt
     from reward import RewardFunction
+
     path = tmp_path / "f.py"
-    path.write_text("def score_batch(prompts, responses, answers):\n"
-                    "    return [10 * len(p) + len(r) + (r == a)\n"
-                    "            for p, r, a in zip(prompts, responses, answers)]\n")
+    path.write_text(
+        "def score_batch(prompts, responses, answers):\n"
+        "    return [10 * len(p) + len(r) + (r == a)\n"
+        "            for p, r, a in zip(prompts, responses, answers)]\n"
+    )
     prompts = [Prompt((Message("user", text),), "", "xyz") for text in ("a", "bb", "cccc")]
     assert RewardFunction(path)(prompts, ["xyz", "x", "xy"]) == [14.0, 21.0, 42.0]
-    path.write_text("def score(prompt, response, answer):\n"
-                    "    return 10 * len(prompt) + len(response) + (response == answer)\n")
+    path.write_text(
+        "def score(prompt, response, answer):\n"
+        "    return 10 * len(prompt) + len(response) + (response == answer)\n"
+    )
     assert RewardFunction(path)(prompts, ["xyz", "x", "xy"]) == [14.0, 21.0, 42.0]
 
 
