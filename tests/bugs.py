@@ -444,7 +444,7 @@ MUTANTS = [
     Mutant("dead: ppo.top_k", "rollout",
            "config.temperature, config.top_k,",
            "config.temperature, 0,",
-           "flags::test_every_flag_is_read_by_a_run"),
+           "switches::test_every_switch_reaches_the_run"),
     Mutant("ppo.critic_lr read and not used", "train",
            "for peak in (config.lr, config.critic_lr))",
            "for peak in (config.lr, config.critic_lr and config.lr))",
