@@ -71,5 +71,5 @@ def values_of(run: Run, prompts: Sequence[Prompt], responses: Sequence[list[int]
         return [row for part in parallel.gather_objects(values) for row in part]
     if not run.result("reward"):
         return [{"score": 0.0} for _ in prompts]
-    payer = open_reward(run, "model")
-    return [{"score": x} for x in score_all(run, payer.model, payer.score, prompts, responses)]
+    scorer = open_reward(run, "model")
+    return [{"score": x} for x in score_all(run, scorer.model, scorer.score, prompts, responses)]

@@ -84,8 +84,8 @@ def best_of(run: Run, prompts: Sequence[Prompt]) -> list[list[int]]:
     policy = load_model(run, policy_path(run), frozen=True)
     drawn = [answer(run, policy, prompts, 1.0, f"best of {i}")
              for i in range(run.config.eval.best_of)]
-    payer = open_reward(run, run.config.ppo.reward)
-    scores = [score_all(run, payer.model, payer.score, prompts, responses) for responses in drawn]
+    scorer = open_reward(run, run.config.ppo.reward)
+    scores = [score_all(run, scorer.model, scorer.score, prompts, responses) for responses in drawn]
     # one column per prompt: its samples' scores and ids
     best = []
     for column_scores, column in zip(zip(*scores), zip(*drawn)):

@@ -1,4 +1,5 @@
 """Changes that people make stay small: every fork applies, runs and is within its limit."""
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,8 @@ from formats import BadRow
 from formats.parsers import parse_example
 from formats.reading import to_dialogue
 from microcosm.general import GENERATORS
+
+pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="patches need git")
 
 
 @pytest.fixture(scope="module")
