@@ -19,6 +19,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Callable, NamedTuple, Sequence
@@ -256,7 +257,7 @@ class RewardFunction:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.module = load_module(self.path)
+        self.module = load_module(self.path.absolute())
         names = [name for name in ("score", "score_batch") if hasattr(self.module, name)]
         # told now, before the hours of SFT that come before its first use
         if not names:
@@ -321,8 +322,10 @@ def clip(text: Any, length: int = 120) -> str:
     return shown if len(shown) <= length else shown[:length] + "..."
 
 
+@cache
 def load_module(path: Path) -> ModuleType:
     """Run a Python file and return its module; ValueError in one line if it cannot be run."""
+    # once per process, however many stages ask for it: the file may load a model of its own
     if not path.is_file():
         raise ValueError(f"{path}: no such file; give a Python file with score(prompt, response, "
                          "answer)")

@@ -3,16 +3,21 @@ from __future__ import annotations
 
 import json
 import time
-from typing import Sequence
+from functools import partial
+from typing import Callable, Sequence
 
 import parallel
 from eval import assess, write_answers
 from evaluation.report import examples_text, pick_examples, table, write_report
 from formats import Prompt
 from formats.files import read_json
+from reward import RewardFunction
 from run.folder import Run, load_model, timings
 from run.models import answer, base_model, best_of, open_reward, ranker, score_all, to_text
 from run.sources import Source
+
+# Prompts and the ids of their answers -> what each answer is worth, by metric.
+Judge = Callable[[Sequence[Prompt], Sequence[list[int]]], list[dict[str, float]]]
 
 
 def compare(run: Run, source: Source, policies: Sequence[str]) -> None:
@@ -22,8 +27,13 @@ def compare(run: Run, source: Source, policies: Sequence[str]) -> None:
     """
     config, began = run.config, time.perf_counter()
     prompts = source.heldout()
+    # told before the first answer: scores that nobody gave would look like a tie of all models
+    if not ranker(run) and not run.result("reward"):
+        raise ValueError("nobody judges the answers: run --stages=reward first, or give "
+                         "--reward.function=FILE.py")
     answers = answers_of_all(run, prompts, policies)
-    values = {name: values_of(run, prompts, responses) for name, responses in answers.items()}
+    judge = open_judge(run)
+    values = {name: judge(prompts, responses) for name, responses in answers.items()}
     texts = {name: [to_text(run, prompt, ids) for prompt, ids in zip(prompts, responses)]
              for name, responses in answers.items()}
     reference = config.eval.reference
@@ -48,6 +58,8 @@ def answers_of_all(run: Run, prompts: Sequence[Prompt], policies: Sequence[str]
                    ) -> dict[str, list[list[int]]]:
     """Return every model's greedy answers, the base's first, and the best of n where asked for."""
     made = [name for name in policies if run.result(name)]
+    if not made and run.config.is_world:
+        raise ValueError(f"{run.out} has no model to evaluate: run --stages=sft first")
     answers: dict[str, list[list[int]]] = {}
     for name in ("base", *made):
         path = run.result(name)
@@ -58,18 +70,22 @@ def answers_of_all(run: Run, prompts: Sequence[Prompt], policies: Sequence[str]
     return answers
 
 
-def values_of(run: Run, prompts: Sequence[Prompt], responses: Sequence[list[int]]
-              ) -> list[dict[str, float]]:
-    """Return what each answer is worth: "score", and what else the judging function measures."""
-    judge = ranker(run)
-    if judge:
-        mine = run.machine.part(list(range(len(prompts))))
-        asked = [prompts[i] for i in mine]
-        texts = [to_text(run, prompts[i], responses[i]) for i in mine]
-        rows = zip(judge(asked, texts), judge.metrics(asked, texts))
-        values = [{"score": score, **metrics} for score, metrics in rows]
-        return [row for part in parallel.gather_objects(values) for row in part]
-    if not run.result("reward"):
-        return [{"score": 0.0} for _ in prompts]
+def open_judge(run: Run) -> Judge:
+    """Return who says what answers are worth: "score", and what else a function measures."""
+    function = ranker(run)
+    if function:
+        return partial(function_values, run, function)
     scorer = open_reward(run, "model")
-    return [{"score": x} for x in score_all(run, scorer.model, scorer.score, prompts, responses)]
+    return lambda prompts, responses: [
+        {"score": x} for x in score_all(run, scorer.model, scorer.score, prompts, responses)]
+
+
+def function_values(run: Run, function: RewardFunction, prompts: Sequence[Prompt],
+                    responses: Sequence[list[int]]) -> list[dict[str, float]]:
+    """Have a function judge all answers, each rank a part of them."""
+    mine = run.machine.part(list(range(len(prompts))))
+    asked = [prompts[i] for i in mine]
+    texts = [to_text(run, prompts[i], responses[i]) for i in mine]
+    rows = zip(function(asked, texts), function.metrics(asked, texts))
+    values = [{"score": score, **metrics} for score, metrics in rows]
+    return [row for part in parallel.gather_objects(values) for row in part]

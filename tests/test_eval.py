@@ -553,6 +553,16 @@ def test_answers_of_an_evaluation_come_back(tmp_path):
         )
 
 
+@pytest.mark.parametrize("sizes", [(60,), (21, 60, 55), (21,) * 12])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_an_interval_holds_what_was_found(sizes, sign):
+    """Nearly all pairs went one way: pseudo-pairs pull the centre, not the interval off the mean."""
+    strata = [[sign] * n for n in sizes]
+    found = sum(sum(row) / len(row) for row in strata) / len(strata)
+    low, high = change_interval(strata)
+    assert -1 <= low <= found <= high <= 1 and low < high
+
+
 def test_answers_of_a_run_add_up_to_its_numbers(finished):
     out, _ = finished
     rows = read_jsonl(out / "answers.jsonl")

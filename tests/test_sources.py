@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import data
+import golden
 import parallel
 import train
 from formats import Message
@@ -151,8 +152,24 @@ def test_prompts_given_for_the_evaluation_are_left_out_of_training(finished, fil
     assert "Copy: fox dog" not in trained and len(trained) == 61
 
 
+def test_holding_out_after_sft_is_said(finished, files, tmp_path, capsys):
+    """SFT of an earlier command may have seen them; before it there is nothing to say."""
+    said = []
+    for name, done in (("early", ()), ("late", ("sft",))):
+        out = tmp_path / name
+        out.mkdir()
+        for result in done:
+            shutil.copytree(finished[0] / result, out / result)
+        _, source = open_run(
+            out, f"--model={finished[0] / 'sft'}", *LENGTHS, "--stages=ppo",
+            f"--ppo.prompts={files / 'prompts.jsonl'}", "--eval.holdout=8")
+        source.choose_heldout()
+        said.append("held out only now, after SFT" in capsys.readouterr().out)
+    assert said == [False, True]
+
+
 def test_nothing_held_out_is_no_evaluation(finished, files, tmp_path):
-    """--eval.holdout=0 evaluated on every training prompt."""
+    """No prompt is held out, or all are: neither is an evaluation on training prompts."""
     flags = [
         f"--model={finished[0] / 'sft'}",
         f"--out={tmp_path / 'a'}",
@@ -310,7 +327,7 @@ def test_a_reward_model_with_another_tokenizer_or_a_short_context_is_refused(fin
 
 
 def test_calibration_is_on_samples_of_the_policy(finished, tmp_path, monkeypatch):
-    """A stage-by-stage run without PPO's prompts calibrated on the ranked responses instead."""
+    """Of the policy, not of whoever wrote the ranked responses, though there are no PPO prompts."""
     pairs = [
         {"prompt": f"Copy: {a} {b}", "chosen": f"{a} {b}", "rejected": b}
         for a in WORDS
@@ -524,13 +541,14 @@ def test_without_a_critic_none_is_built_or_logged(finished, tmp_path, monkeypatc
             f"--out={out}",
             "--stages=ppo",
             f"--ppo.advantage={advantage}",
-            "--ppo.responses_per_prompt=4",
+            "--ppo.responses_per_prompt=4", "--ppo.critic_warmup=2",
         ]
     )
     assert (ScalarModel, False) not in built and (Transformer, False) in built
     rows = read_jsonl(out / "metrics.jsonl")
     critics = {"explained_variance", "value_loss", "critic_grad_norm", "return_mean"}
     assert len(rows) == 3 and all(not critics & row.keys() for row in rows)
+    assert "approx_kl" in rows[0], "nothing warms up"
     assert rows[-1]["approx_kl"] > 0, "the actor learns"
     with pytest.raises(ValueError, match="set ppo.responses_per_prompt to 2 or more"):
         settings.parse_args([f"--ppo.advantage={advantage}"], train.STAGES)
@@ -665,3 +683,27 @@ def test_rankings_of_a_run_are_read_as_a_file(finished, tmp_path):
     rows = read_jsonl(finished[0] / "ranked.jsonl")
     informative = [row for row in rows if len({text.strip() for text in row["responses"]}) > 1]
     assert len(records) == len(informative) > 10
+
+
+def test_a_function_file_runs_once(finished, files, tmp_path):
+    """All stages of a run share it: a file may load a model of its own."""
+    log, path = tmp_path / "log", tmp_path / "counting.py"
+    path.write_text(
+        f"open({str(log)!r}, 'a').write('x')\n"
+        "def score(prompt, response, answer):\n    return len(response)\n"
+    )
+    train.main([
+        f"--model={finished[0] / 'sft'}", f"--out={tmp_path / 'run'}", *LENGTHS, *SMALL,
+        f"--ppo.prompts={files / 'prompts.jsonl'}", f"--reward.function={path}",
+        "--stages=sample,annotate,ppo,eval", "--eval.holdout=8", "--reward.sampled_prompts=4"])
+    assert log.read_text() == "x"
+
+
+def test_an_evaluation_needs_a_judge_and_a_model(finished, files, tmp_path):
+    """Scores that nobody gave would be a tie of all models."""
+    with pytest.raises(ValueError, match="nobody judges the answers"):
+        train.main([
+            f"--model={finished[0] / 'sft'}", f"--out={tmp_path / 'a'}", *LENGTHS,
+            f"--ppo.prompts={files / 'prompts.jsonl'}", "--eval.holdout=8", "--stages=eval"])
+    with pytest.raises(ValueError, match="has no model to evaluate: run --stages=sft first"):
+        train.main([*golden.FLAGS, f"--out={tmp_path / 'b'}", "--stages=eval"])
