@@ -32,7 +32,7 @@ from weights import read_config
 class DataConfig:
     template: str = "plain"             # how a dialogue becomes text: see TEMPLATES in data.py
     max_prompt_tokens: int = 96         # a longer PPO prompt is refused, or left out with skip_bad
-    max_response_tokens: int = 32       # responses end here; SFT trains on at most the sum of both
+    max_response_tokens: int = 44       # responses end here; SFT trains on at most the sum of both
     skip_bad: bool = False              # leave out and count bad rows and overlong prompts
 
 

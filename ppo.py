@@ -50,14 +50,14 @@ class PPOConfig(SamplingConfig):
     batch_size: int = 128               # episodes per rollout, all ranks together
     minibatch_size: int = 32            # episodes per optimizer step, all ranks together
     epochs: int = 2                     # passes over a rollout
-    lr: float = 2e-4                    # actor's peak learning rate
+    lr: float = 4e-4                    # actor's peak learning rate
     critic_lr: float = 1e-3             # critic's peak learning rate
     lr_end: float = 0.1                 # last learning rate, as a share of the peak (linear decay)
     warmup: float = 0.0                 # share of the iterations in which learning rates rise
     weight_decay: float = 0.0           # AdamW's, on matrices
     max_grad_norm: float = 1.0          # the gradient's global norm is clipped to it
     reward: str = "auto"                # what pays; auto: the reward model if there is one
-    kl_coef: float = 0.3                # KL penalty per token, in reward units per nat
+    kl_coef: float = 0.15               # KL penalty per token, in reward units per nat
     kl_kind: str = "k1"                 # estimator of the per-token KL
     kl_in: str = "reward"               # where the penalty acts; in the loss: k2, no whitening
     kl_target: float = 0.0              # nats per response; above 0 kl_coef adapts to hold it

@@ -42,12 +42,12 @@ class RewardConfig:
     n_layers: int = 0                   # likewise
     n_heads: int = 0                    # likewise; then as many key and value heads
     ffn_dim: int = 0                    # likewise
-    sampled_prompts: int = 6_000        # prompts to draw responses for
+    sampled_prompts: int = 9_000        # prompts to draw responses for
     in_domain_share: float = 0.7        # of these prompts (embedded world)
     temperatures: tuple[float, ...] = (0.7, 1.0, 1.0, 1.0, 1.3)  # the paper's 5 decoding settings
     top_p: float = 1.0                  # nucleus for these responses
     generation_batch: int = 1024        # prompts sampled at once, per rank
-    noise: float = 0.1                  # deviation of a function's error as annotator [its units]
+    noise: float = 0.05                 # deviation of a function's error as annotator [its units]
     holdout: float = 0.1                # share of the ranked prompts kept for measuring accuracy
     epochs: float = 2.0                 # passes over the rankings
     batch_size: int = 64                # prompts per optimizer step, all ranks together

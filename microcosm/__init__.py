@@ -1,10 +1,10 @@
 """The embedded default: a small world whose truth is known.
 
 The domain is advertisement review (ads.py), as in the paper; beside it stand 12 general tasks
-(general.py). People's answers are imperfect *by construction*: most reviewers stop at the first
-reason, some are sloppy, and one general answer in eight is a slip. So a model fine-tuned on them
-has something left to learn from rankings, and an evaluation against the truth can show whether it
-did.
+(general.py). People's answers are imperfect *by construction*: reviewers are hasty and notice three
+reasons in ten, and one general answer in eight is a slip. So full analyses are rare in what a model
+is fine-tuned on and among its samples, rankings tell which of two answers says more, and an
+evaluation against the truth can show who learnt from that.
 
 Everything is a pure function of a seed. The three splits share no prompt: whole combinations (what
 an ad sells and the set of rules it breaks; a general question) belong to one split, by a hash, for
@@ -18,13 +18,14 @@ import itertools
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Sequence
+from typing import Collection, Sequence
 
 from . import ads, general, rubric
 
 TASKS = tuple(general.GENERATORS)
 # Buckets of 100 that a combination's hash may fall into, by split.
 SPLITS = {"eval": range(0, 10), "preference": range(10, 40), "train": range(40, 100)}
+ATTEMPTS = 5_000  # at drawing a prompt; the smallest split holds one in ten
 SLIP = 0.12  # share of general answers that people get wrong
 
 
@@ -45,31 +46,40 @@ def bucket(combination: str) -> int:
 
 
 def items(split: str, n: int, seed: int, in_domain_share: float = 0.5) -> list[Item]:
-    """Draw n prompts of a split ("train", "preference", "eval"): ads, and general tasks in turn."""
+    """Draw n different prompts of a split ("train", "preference", "eval"): ads, and general tasks
+    in turn.
+
+    Without replacement: a prompt that comes again tells nothing new, and would count as one more
+    that agrees.
+    """
     # One stream of random numbers, item after item: a longer list starts with the shorter one, so
     # more training continues an experiment instead of changing it.
     rng = random.Random(f"{split} {seed}")
     turn = itertools.cycle(rng.sample(TASKS, len(TASKS)))
-    drawn = []
+    drawn: dict[str, Item] = {}  # by prompt, in the order drawn
     for _ in range(n):
         task = "" if rng.random() < in_domain_share else next(turn)
-        drawn.append(draw(rng, task, split))
-    return drawn
+        item = draw(rng, task, split, drawn)
+        drawn[item.prompt] = item
+    return list(drawn.values())
 
 
 def evaluation_items(in_domain: int, general: int, seed: int) -> list[Item]:
-    """Draw the items of an evaluation, none twice: so many ads and general questions, or fewer."""
-    drawn = items("eval", in_domain, seed, 1.0) + items("eval", general, seed, 0.0)
-    # a question that is drawn again tells nothing new, and would count as one more that agrees
-    return list({item.prompt: item for item in drawn}.values())
+    """Draw the items of an evaluation: so many ads, and so many general questions."""
+    return items("eval", in_domain, seed, 1.0) + items("eval", general, seed, 0.0)
 
 
-def draw(rng: random.Random, task: str, split: str) -> Item:
-    """Draw one prompt of a task; what belongs to another split is drawn again."""
-    while True:
+def draw(rng: random.Random, task: str, split: str, drawn: Collection[str]) -> Item:
+    """Draw one prompt of a task; another split's, or one that is drawn already, is drawn again.
+
+    ValueError if after many attempts there is none.
+    """
+    for _ in range(ATTEMPTS):
         item, combination = draw_question(rng, task) if task else draw_ad(rng)
-        if bucket(combination) in SPLITS[split]:
+        if bucket(combination) in SPLITS[split] and item.prompt not in drawn:
             return item
+    raise ValueError(f"the embedded world has too few different prompts of {task or 'the domain'} "
+                     f"(split {split}): ask for fewer, or for another in_domain_share")
 
 
 def draw_ad(rng: random.Random) -> tuple[Item, str]:

@@ -34,11 +34,14 @@ GATE = {"banned": "banned", "minors": "adult", "notice": "finance"}
 VERBS = ("Try", "Buy", "Get", "Enjoy")
 LOOKS = ("new", "smart", "modern", "famous", "classic", "royal")
 SMALL_TALK = ("Call us now.", "Made in Spain.", "Open on Sunday.", "Sold in two sizes.")
-VIOLATIONS = (0.13, 0.22, 0.32, 0.22, 0.11)  # share of ads that break 0, 1, 2, 3, 4 rules
+# Share of the ads that break 0, 1, 2 ... 6 rules.
+VIOLATIONS = (0.12, 0.16, 0.20, 0.20, 0.16, 0.10, 0.06)
 
-# Shares of the reviewers; the rest, one in seven, is sloppy.
-CAREFUL = 0.36  # give every reason
-HASTY = 0.50    # give the first reason only
+# Reviewers are hasty: each reason is noticed with the same chance, whatever else is noticed. So a
+# full analysis of an ad that breaks n rules is 0.3 ** n of its reviews, and rare among five samples.
+NOTICED = 0.3
+INVENTED = 0.1   # share of reviews that hold an innocent word against the ad
+FLIPPED = 0.04   # share of reviews with the wrong verdict
 
 
 class Phrase(NamedTuple):
@@ -152,25 +155,16 @@ def review(evidence: dict[str, str], approve: bool) -> str:
 
 
 def demonstrate(ad: Ad, rng: random.Random) -> str:
-    """Write the review of a careful, a hasty or a sloppy person."""
-    mood = rng.random()
-    if mood < CAREFUL:
-        return review(ad.evidence, approve=not ad.evidence)
-    if mood < CAREFUL + HASTY:
-        first = dict(list(ad.evidence.items())[:1])
-        return review(first, approve=not ad.evidence)
-
-    # Sloppy: overlooks half of the reasons, ...
-    given = {rule: word for rule, word in ad.evidence.items() if rng.random() < 0.5}
-    if rng.random() < 0.3:
-        # ... may hold an innocent word against the ad, ...
+    """Write the review of a hasty person: the verdict is nearly always right, reasons are few."""
+    given = {rule: word for rule, word in ad.evidence.items() if rng.random() < NOTICED}
+    if ad.innocent and rng.random() < INVENTED:
         rule = rng.choice(tuple(ad.innocent))
         given[rule] = ad.innocent[rule]
-    # ... and one time in five gives the opposite of the verdict that was meant.
-    meant = not ad.evidence and not given
-    right_way_up = rng.random() < 0.8
+    # Whether an ad is fine is felt at once, before any reason is found.
+    right_verdict = rng.random() >= FLIPPED
+    approve = (not ad.evidence) == right_verdict and not given
     ordered = {rule: given[rule] for rule in RULES if rule in given}
-    return review(ordered, approve=right_way_up == meant)
+    return review(ordered, approve=approve)
 
 
 class Review(NamedTuple):

@@ -1,7 +1,7 @@
 """Twelve general tasks that must not get worse: lists, numbers, words, small deductions.
 
 Every prompt carries enough content that whole combinations can be held out while every word is
-seen. Each task is one that two layers of attention can do: find a word by the one before it, count,
+seen, and that no prompt need be asked twice: here and there a word stands in it that means nothing. Each task is one that two layers of attention can do: find a word by the one before it, count,
 remember a small table. A new task is a function that draws a question, and a line in GENERATORS.
 """
 from __future__ import annotations
@@ -20,6 +20,7 @@ OPPOSITES = {
     "hot": "cold", "big": "small", "old": "young", "fast": "slow", "dark": "bright", "wet": "dry",
 }
 OPPOSITES |= {b: a for a, b in OPPOSITES.items()}  # and back
+LOOKS = tuple(OPPOSITES)
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 
 
@@ -62,7 +63,7 @@ def sort(rng: random.Random) -> Question:
     """Put digits in order."""
     numbers = rng.sample(range(10), 3)
     ordered = [str(n) for n in sorted(numbers)]
-    prompt = f"Sort: {' '.join(map(str, numbers))}"
+    prompt = f"Sort {rng.choice(WORDS)}: {' '.join(map(str, numbers))}"
     return Question(prompt, " ".join(ordered), swapped(ordered, rng))
 
 
@@ -78,7 +79,8 @@ def add(rng: random.Random) -> Question:
 def larger(rng: random.Random) -> Question:
     """Choose the larger of two numbers."""
     a, b = rng.sample(range(20), 2)
-    return Question(f"Larger: {a} or {b}", str(max(a, b)), str(min(a, b)))
+    prompt = f"Larger {rng.choice(WORDS)}: {a} or {b}"
+    return Question(prompt, str(max(a, b)), str(min(a, b)))
 
 
 def count(rng: random.Random) -> Question:
@@ -95,8 +97,7 @@ def logic(rng: random.Random) -> Question:
     operator = rng.choice(("and", "or", "but not"))
     truth = {"and": a and b, "or": a or b, "but not": a and not b}[operator]
     say = {True: "yes", False: "no"}
-    # The word in front means nothing: without it there would be too few prompts to hold any out.
-    prompt = f"Logic {rng.choice(WORDS)}: {say[a]} {operator} {say[b]}"
+    prompt = f"Logic {rng.choice(LOOKS)} {rng.choice(WORDS)}: {say[a]} {operator} {say[b]}"
     return Question(prompt, say[truth], say[not truth])
 
 
@@ -107,23 +108,24 @@ def next_number(rng: random.Random) -> Question:
     word = rng.choice(WORDS)
     row = " ".join(str(start + i * step) for i in range(3))
     answer = start + 3 * step
-    return Question(f"Next {word}: {row}", f"{answer} {word}", f"{near(answer, rng)} {word}")
+    prompt = f"Next {rng.choice(LOOKS)} {word}: {row}"
+    return Question(prompt, f"{answer} {word}", f"{near(answer, rng)} {word}")
 
 
 def kind(rng: random.Random) -> Question:
-    """Say to which of two classes a word belongs."""
-    right, wrong = rng.sample(tuple(CLASSES), 2)
-    first, second = rng.sample((right, wrong), 2)
-    look = rng.choice(tuple(OPPOSITES))  # means nothing, as the word in `logic`
+    """Say to which of three classes a word belongs."""
+    classes = rng.sample(tuple(CLASSES), 3)
+    right, wrong = rng.sample(classes, 2)
     word = rng.choice(CLASSES[right])
-    return Question(f"Kind of {look} {word}: {first} or {second}", right, wrong)
+    return Question(f"Kind of {rng.choice(LOOKS)} {word}: {' or '.join(classes)}", right, wrong)
 
 
 def antonym(rng: random.Random) -> Question:
-    """Replace an adjective by its opposite."""
-    word = rng.choice(tuple(OPPOSITES))
+    """Replace two adjectives by their opposites."""
+    a, b = rng.sample(LOOKS, 2)
     noun = rng.choice(WORDS)
-    return Question(f"Opposite: {word} {noun}", f"{OPPOSITES[word]} {noun}", f"{word} {noun}")
+    right = f"{OPPOSITES[a]} and {OPPOSITES[b]} {noun}"
+    return Question(f"Opposite: {a} and {b} {noun}", right, f"{OPPOSITES[a]} and {b} {noun}")
 
 
 def odd(rng: random.Random) -> Question:
@@ -143,7 +145,8 @@ def weekday(rng: random.Random) -> Question:
     noun = rng.choice(WORDS)
     right = DAYS[(day + days) % 7]
     wrong = DAYS[(day + near(days, rng)) % 7]
-    return Question(f"Day: The {noun} comes {days} days after {DAYS[day]}", right, wrong)
+    thing = f"{rng.choice(LOOKS)} {noun}"
+    return Question(f"Day: The {thing} comes {days} days after {DAYS[day]}", right, wrong)
 
 
 # The tasks by name. Their order and number decide what a seed draws.

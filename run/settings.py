@@ -35,7 +35,7 @@ class ModelSection:
     n_kv_heads: int = 4                 # key and value heads: fewer is grouped-query attention
     ffn_dim: int = 192                  # width of the feed-forward layer
     vocab_size: int = 640               # sentencepiece pieces, trained at the start of the run
-    max_seq_len: int = 128              # context [tokens]
+    max_seq_len: int = 160              # context [tokens]
 
 
 @dataclass(frozen=True)
