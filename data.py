@@ -294,11 +294,27 @@ class TokenizedDialogue(NamedTuple):
     tokens: list[int]
     response_mask: list[bool]           # True: trained on
 
+    @property
+    def length(self) -> int:
+        return len(self.tokens)
+
 
 class TokenizedRanking(NamedTuple):
     prompt: list[int]
     responses: list[list[int]]          # each with its EOS, unless that was cut off
     ranks: list[float]                  # lower is better
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest response with its prompt."""
+        return len(self.prompt) + max(map(len, self.responses))
+
+    @property
+    def best(self) -> TokenizedDialogue:
+        """The prompt with its top-ranked response, the first of several, to be trained on."""
+        response = self.responses[self.ranks.index(min(self.ranks))]
+        mask = [False] * len(self.prompt) + [True] * len(response)
+        return TokenizedDialogue(self.prompt + response, mask)
 
 
 def fit(tokenizer: Tokenizer, messages: Messages, template: str,

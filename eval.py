@@ -50,7 +50,8 @@ class EvalConfig:
     holdout: int = 64                   # prompts held out from ppo.prompts
     show: int = 3                       # prompts shown with all answers
     reference: str = "sft"              # the model that all others are compared with
-    best_of: int = 0                    # adds the SFT model's best of so many samples; 0: off
+    best_of: int = 5                    # adds the SFT model's best of so many samples; 0: off
+    models: tuple[str, ...] = ()        # only these are asked; none: all there are
 
 
 # -------------------------------------------------------------------------------------------------
@@ -83,8 +84,9 @@ def assess(
         reference: its name
         changes: name -> the same rows as {"change", "interval"}, on the same prompts; for every
             model but the reference, for none if that is not there
-        head_to_head: "ppo_vs_sft" -> who wins in-domain by the score; base takes no part, since a
-            win over a model that only babbles says nothing
+        ahead: name -> the last model's changes against it, for every other model
+        head_to_head: "ppo_vs_sft" -> who wins in-domain by the score, likewise; base takes no part,
+            since a win over a model that only babbles says nothing
     """
     # 1. Every model by itself.
     models = {name: summarise(prompts, rows) for name, rows in values.items()}
@@ -93,24 +95,27 @@ def assess(
     #    trained it, there is nothing to compare with: the table has columns and no changes.
     others = [name for name in models if name != reference] if reference in models else []
     changes = {name: changes_between(prompts, values[name], values[reference]) for name in others}
+    *rest, last = models
+    ahead = {name: changes_between(prompts, values[last], values[name]) for name in rest}
 
     # 3. Head to head: who wins how often. A mean can rise because a few answers got much better;
     #    wins tell whether many did. General tasks are right or wrong: there the change says it all.
     domain = [i for i, prompt in enumerate(prompts) if prompt.task == ""]
     contests = {}
-    for name in others:
-        if name == "base":
+    for name in rest:
+        if name == "base" and name != reference:
             continue
-        ours = values[name]
-        theirs = values[reference]
+        ours = values[last]
+        theirs = values[name]
         preferences = [prefer(ours[i]["score"], theirs[i]["score"]) for i in domain]
         # A win may be a matter of length, so the contest knows how long both answers are.
-        lengths = [(len(answers[name][i]), len(answers[reference][i])) for i in domain]
-        contests[f"{name}_vs_{reference}"] = contest(preferences, lengths)
+        lengths = [(len(answers[last][i]), len(answers[name][i])) for i in domain]
+        contests[f"{last}_vs_{name}"] = contest(preferences, lengths)
     return {
         "models": models,
         "reference": reference,
         "changes": changes,
+        "ahead": ahead,
         "head_to_head": contests,
     }
 
@@ -198,10 +203,13 @@ def write_answers(
     prompts: Sequence[Prompt],
     answers: Mapping[str, Sequence[str]],
     values: Mapping[str, Values],
+    sampled: Mapping[str, Sequence[str]],
+    sampled_values: Mapping[str, Values],
 ) -> None:
     """Write answers.jsonl, one object per prompt and model, so that no mean stands alone.
 
     Whoever doubts a number, or wants another one, finds every answer with its values here.
+    sampled, sampled_values: of answers drawn at T = 1, by those models that have any.
     """
     rows = []
     for i, prompt in enumerate(prompts):
@@ -209,6 +217,9 @@ def write_answers(
         asked = {"prompt": prompt.text, "task": prompt.task, "answer": prompt.answer}
         for name in answers:
             given = {"model": name, "response": answers[name][i], "values": dict(values[name][i])}
+            if name in sampled:
+                drawn = {"response": sampled[name][i], "values": dict(sampled_values[name][i])}
+                given["sampled"] = drawn
             rows.append({**asked, **given})
     write_jsonl(path, rows)
 

@@ -31,6 +31,13 @@ class SFTConfig:
     max_grad_norm: float = 1.0          # the gradient's global norm is clipped to it
 
 
+@dataclass(frozen=True)
+class TopConfig:
+    """SFT continued on the top-ranked answers; all that is not here is as in SFTConfig."""
+    epochs: float = 2.0                 # passes over them
+    lr: float = 3e-4                    # peak learning rate
+
+
 class Batch(NamedTuple):
     """B dialogues of T padded tokens, all (B, T).
 

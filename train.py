@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Mapping, NamedTuple, Sequence
@@ -36,7 +37,8 @@ from run.comparison import compare
 from run.folder import (Run, keep, load_model, open_folder, prepare_tokenizer, record_config,
                         restore, save_model, timings)
 from run.models import (base_model, calibration, check_tokenizer, open_reward, pair_accuracy,
-                        policy_path, ppo_models, ranker, to_text)
+                        policy_path, ppo_models, ranker)
+from run.progress import show_iteration
 from run.settings import Config, check_ranks, parse_args, reward_shape, usage
 from run.sources import Source, hold_out, open_source, reward_batch, sft_batch
 
@@ -154,6 +156,7 @@ def train_on(run: Run, name: str, model: nn.Module, examples: Sequence[Any],
         # every rank knows the whole batch and takes its rows of it, cut into micro-batches;
         # the batch is a function of (seed, step), so a resumed run sees what it would have seen
         rows = data.batch_indices(len(examples), config.batch_size, step, run.config.seed)
+        rows.sort(key=lambda i: examples[i].length)  # rows of like length: little padding
         parts = machine.microbatches(torch.tensor(rows), config.microbatch_size)
         batches = [make_batch([examples[i] for i in part], machine.device) for part in parts]
 
@@ -176,18 +179,30 @@ def train_on(run: Run, name: str, model: nn.Module, examples: Sequence[Any],
 
 # ---------------------------------------------------------------------------------------------
 # ICE-Instruct: the base model learns to answer at all, from blended demonstrations.
-# (Then its answers are sampled and ranked: run/annotation.py.)
+# Then its answers are sampled and ranked: run/annotation.py. Whoever wants to know what PPO adds
+# compares with SFT on the best of those answers, which needs neither reward model nor PPO.
 
-def supervise(run: Run, source: Source, name: str, model: nn.Module) -> None:
-    """Fine-tune a model on the demonstrations and save it as `name`."""
-    train_on(run, name, model, source.demonstrations(), sft_batch, sft.loss, run.config.sft,
-             show=("loss",))
+def supervise(run: Run, model: nn.Module, examples: Sequence[data.TokenizedDialogue],
+              config: sft.SFTConfig, name: str) -> None:
+    """Fine-tune a model on dialogues and save it as `name`."""
+    train_on(run, name, model, examples, sft_batch, sft.loss, config, show=("loss",))
     save_model(run, model, name)
 
 
 def run_sft(run: Run, source: Source) -> None:
     """ICE-Instruct."""
-    supervise(run, source, "sft", base_model(run))
+    supervise(run, base_model(run), source.demonstrations(), run.config.sft, "sft")
+
+
+def run_top(run: Run, source: Source) -> None:
+    """Continue SFT on the top-ranked response of every ranking that holds a pair.
+
+    Rejection sampling with people as the judge, on the rankings that the reward model learns from.
+    """
+    config = replace(run.config.sft, **asdict(run.config.top))
+    _, rest = hold_out(source.rankings(), run.config.reward.holdout)
+    model = load_model(run, policy_path(run))
+    supervise(run, model, [ranking.best for ranking, _ in rest], config, "top")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -208,7 +223,7 @@ def reward_start(run: Run, source: Source) -> Path:
         return policy_path(run)
     if not run.result("reward_sft"):
         model = parallel.build(Transformer, shape, run.config.seed, run.machine)
-        supervise(run, source, "reward_sft", model)
+        supervise(run, model, source.demonstrations(), run.config.sft, "reward_sft")
     return run.needed("reward_sft", "reward")
 
 
@@ -252,7 +267,7 @@ def run_ppo(run: Run, source: Source) -> None:
     # what is read and never trained: prompts, demonstrations (PPO-ptx), the score; the reference
     prompts = source.prompts_to_train()
     demonstrations = source.demonstrations() if config.ptx_coef else []
-    score = open_reward(run, config.reward).score
+    score = open_reward(run).score
     models = ppo_models(run)
     # what is trained: the actor, and the critic where advantages need one, each with an optimizer
     # of its own, so that the large errors of a young critic do not move the actor
@@ -274,7 +289,8 @@ def run_ppo(run: Run, source: Source) -> None:
     for iteration in range(start, config.iterations):
         began = time.perf_counter()
         # 1, 2  episodes, and what the models say of them; afterwards all ranks hold all episodes
-        rollout = roll_out(run, models, score, prompts, iteration)
+        episodes = episodes_of(run, prompts, iteration)
+        rollout = roll_out(run, models, score, episodes, iteration)
         # 3, 4, 5  scores and KL become rewards, rewards become whitened advantages
         rollout, stats = ppo.assign_credit(rollout, config, controller.kl_coef, run.machine.world,
                                            rescale)
@@ -289,23 +305,27 @@ def run_ppo(run: Run, source: Source) -> None:
         # kl_coef for the next iteration, from the KL of this one before its updates
         if config.kl_target > 0:
             controller.update(stats["kl"], config.batch_size)
-        show_iteration(run, iteration + 1, rollout, stats, bar)
+        show_iteration(run, iteration + 1, episodes, rollout, stats, bar)
         keep(run, "ppo", iteration + 1, config.iterations, checkpoint_every, trained,
              {"kl_coef": controller.kl_coef, "moments": vars(moments)})
     bar.close()
     save_model(run, models.actor, "ppo")
 
 
-def roll_out(run: Run, models: ppo.Models, score: ppo.Score, prompts: Sequence[Prompt],
-             iteration: int) -> ppo.Rollout:
-    """Draw the episodes of an iteration, each rank its part; return those of all ranks."""
-    config, machine = run.config.ppo, run.machine
-    size = config.responses_per_prompt
+def episodes_of(run: Run, prompts: Sequence[Prompt], iteration: int) -> list[Prompt]:
+    """Return the prompt of every episode of an iteration, all ranks' together."""
+    size = run.config.ppo.responses_per_prompt
     # a pass over all prompts before any comes again, in an order that depends on the seed alone
-    chosen = data.batch_indices(len(prompts), config.batch_size // size, iteration,
+    chosen = data.batch_indices(len(prompts), run.config.ppo.batch_size // size, iteration,
                                 run.config.seed)
     # the episodes of one prompt stand together: advantages by group count on it
-    episodes = [prompts[i] for i in chosen for _ in range(size)]
+    return [prompts[i] for i in chosen for _ in range(size)]
+
+
+def roll_out(run: Run, models: ppo.Models, score: ppo.Score, episodes: Sequence[Prompt],
+             iteration: int) -> ppo.Rollout:
+    """Draw a response to every prompt, each rank its part; return the episodes of all ranks."""
+    config, machine = run.config.ppo, run.machine
     mine = machine.part(list(range(config.batch_size)))
     # an episode's number within the run: its noise depends on it, and on no rank or batch
     rows = [iteration * config.batch_size + i for i in mine]
@@ -385,26 +405,6 @@ def update_critic(run: Run, learner: Learner, lr: float, batches: Sequence[ppo.R
     return {**stats, "critic_lr": lr}
 
 
-def show_iteration(run: Run, step: int, rollout: ppo.Rollout, stats: Mapping[str, float],
-                   bar: tqdm, n: int = 2) -> None:
-    """Log an iteration's numbers, append its first episodes to samples.jsonl, move the bar."""
-    seconds = stats["seconds_rollout"] + stats["seconds_update"]
-    tokens = rollout.attention_mask.sum().item()
-    run.log("ppo", step, **stats, tokens_per_second=tokens / seconds)
-    # a curve can rise over nonsense: a person should always be able to read some answers
-    for b in range(min(n, len(rollout.scores))):
-        mask = rollout.response_mask[b]
-        prompt_ids = rollout.tokens[b][rollout.attention_mask[b] & ~mask].tolist()
-        response_ids = rollout.tokens[b][mask].tolist()
-        run.append("samples.jsonl", {
-            "stage": "ppo", "step": step, "prompt": run.tokenizer.decode(prompt_ids),
-            "response": to_text(run, Prompt((), ""), response_ids),
-            "score": rollout.scores[b].item(), "cut_off": rollout.cut_off[b].item()})
-    bar.set_postfix({"score": f"{stats['score_mean']:.2f}", "kl": f"{stats['kl']:.2f}",
-                     "length": f"{stats['response_length']:.1f}"}, refresh=False)
-    bar.update()
-
-
 # ---------------------------------------------------------------------------------------------
 # The stages, in order, and the command
 #
@@ -427,6 +427,7 @@ STAGES = {
     "sft": Stage(run_sft, "sft", makes_policy=True),
     "sample": Stage(run_sample, "to_rank.jsonl"),
     "annotate": Stage(run_annotate, "ranked.jsonl"),
+    "top": Stage(run_top, "top", makes_policy=True),
     "reward": Stage(run_reward, "reward"),
     "ppo": Stage(run_ppo, "ppo", makes_policy=True),
     "eval": Stage(run_eval, "eval.json"),

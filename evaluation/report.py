@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Mapping, NamedTuple, Sequence
 
-from evaluation.head_to_head import results_text, share_text
+from evaluation.head_to_head import share_text
 from evaluation.plots import write_plots
 from evaluation.statistics import SHARES, mean, share_interval
 from formats import Prompt
@@ -36,11 +36,11 @@ def change_text(change: Mapping[str, Any], unit: float, digits: int) -> str:
     return f"{unit * change['change']:+8.{digits}f}{between:20}{noise}"
 
 
-def table_row(line: Line, label_width: int = 26, width: int = 8) -> str:
+def table_row(line: Line, label_width: int, widths: Sequence[int]) -> str:
     """Write one line: a column per model, then the change."""
     digits = 1 if line.unit == 100 else 2
     text = f"{line.label:{label_width}}" if line.values else line.label
-    for value in line.values:
+    for value, width in zip(line.values, widths):
         shown = "-" if value is None else f"{line.unit * value:.{digits}f}"
         text += f"{shown:>{width}}"
     if line.change:
@@ -82,6 +82,23 @@ def general_lines(models: Sequence[Mapping[str, Any]], changed: Mapping[str, Any
     return lines
 
 
+def sampled_lines(results: Mapping[str, Any], names: Sequence[str], compared: str) -> list[Line]:
+    """Return the lines of answers drawn at T = 1: what a model does, and not only most often."""
+    models = results["sampled"]["models"]
+    changed = results["sampled"]["changes"].get(compared, {})
+    asked = [models.get(name, {}) for name in names]
+    # a few of the rows above, where they are there; best-of-n has no answers of this kind
+    rows = {name: [model.get("in_domain", {}).get(name) for model in asked]
+            for name in ("gold", "strict", "score")}
+    lines = [Line(f"  {name:9}{SHARES.get(name, '')}".rstrip(), values,
+                  changed.get("in_domain", {}).get(name), 100.0 if name in SHARES else 1.0)
+             for name, values in rows.items() if any(value is not None for value in values)]
+    general = [model.get("general", {}).get("mean") for model in asked]
+    if any(value is not None for value in general):
+        lines.append(Line("  general tasks", general, changed.get("general", {}).get("mean")))
+    return [Line("the same, answers drawn at T = 1"), *lines]
+
+
 def columns(results: Mapping[str, Any], names: Sequence[str], compared: str) -> list[str]:
     """Lay out a column per named model, and the change of the compared one ("": of none)."""
     models = [results["models"][name] for name in names]
@@ -90,22 +107,46 @@ def columns(results: Mapping[str, Any], names: Sequence[str], compared: str) -> 
     if "general" in models[0]:
         general = [model["general"] for model in models]
         lines += general_lines(general, changed.get("general", {}))
+    if "sampled" in results:
+        lines += sampled_lines(results, names, compared)
 
     # As narrow as the names allow: usually the table fits a terminal.
-    width = max(8, *(len(name) + 2 for name in names))
+    widths = [max(8, len(name) + 2) for name in names]
     label_width = max([26, *(len(line.label) for line in lines if line.values)])
-    head = "".join(f"{name.upper():>{width}}" for name in names)
+    head = "".join(f"{name.upper():>{width}}" for name, width in zip(names, widths))
     if changed:
         head += "  change   95 % interval"
-    return [f"{'':{label_width}}{head}", *(table_row(line, label_width, width) for line in lines)]
+    return [f"{'':{label_width}}{head}", *(table_row(line, label_width, widths) for line in lines)]
+
+
+def ahead_lines(results: Mapping[str, Any]) -> list[str]:
+    """Say how far the last model is ahead of every other one, on the same prompts."""
+    last = list(results["models"])[-1]
+    lines = []
+    for name, changed in results["ahead"].items():
+        contest = results["head_to_head"].get(f"{last}_vs_{name}")
+        if contest is None:
+            continue
+        said = [f"{metric} {points_text(changed['in_domain'][metric])}"
+                for metric in ("strict",) if metric in changed["in_domain"]]
+        if "general" in changed:
+            said.append(f"general {points_text(changed['general']['mean'])}")
+        said.append(f"wins {100 * contest['win']:.0f} %, losses {100 * contest['loss']:.0f} %")
+        lines.append(f"{last} less {name:10} {', '.join(said)}")
+    return lines
+
+
+def points_text(change: Mapping[str, Any]) -> str:
+    """Write a change of a share with its 95 % interval, in points."""
+    low, high = change["interval"]
+    return f"{100 * change['change']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
 def table(results: Mapping[str, Any]) -> str:
     """Lay out eval.json for a terminal; the change is that of the last model."""
     names = list(results["models"])
     lines = ["", *columns(results, names, names[-1])]
-    for name, numbers in results["head_to_head"].items():
-        lines.append(f"{name.replace('_vs_', ' vs ')}, in-domain: {results_text(numbers)}")
+    lines += ahead_lines(results)
     if results.get("reward_model"):
         # "accuracy" is over all pairs, the others over a part of them.
         shares = [
@@ -207,15 +248,28 @@ CHANGE = (
     "**change** is {compared} less {reference} on the same prompts; **noise** marks a change whose "
     "95 % interval holds 0. One interval in twenty misses the truth."
 )
+DRAWN = (
+    "The same prompts, each answer drawn at T = 1. A greedy answer holds what the model says more "
+    "often than not: it turns a habit of six times in ten into always, and one of four in ten into "
+    "never."
+)
 
 
-def write_report(out: Path, results: Mapping[str, Any], examples: Sequence[dict[str, str]]) -> str:
-    """Write report.md, with plots where matplotlib is; return a line about what was written."""
+def write_report(
+    out: Path,
+    results: Mapping[str, Any],
+    examples: Sequence[dict[str, str]],
+    drawn: Sequence[dict[str, str]],
+) -> str:
+    """Write report.md, with plots where matplotlib is; return a line about what was written.
+
+    examples: prompts with the models' answers; drawn: the same prompts, answers at T = 1.
+    """
     plots = write_plots(out, results)
     last = list(results["models"])[-1]
     reference = results["reference"]
     lines = [f"# Run {out.name}", "", "```", table(results).strip("\n"), "```", ""]
-    reading = [BASE]
+    reading = [BASE] if "base" in results["models"] else []
     if last in results["changes"]:
         reading.append(CHANGE.format(compared=last, reference=reference))
     lines += [" ".join(reading), ""]
@@ -227,6 +281,7 @@ def write_report(out: Path, results: Mapping[str, Any], examples: Sequence[dict[
             lines += [f"## {name} against {reference}", "", "```"]
             lines += [*columns(results, [reference, name], name), "```", ""]
     lines += ["## Examples", "", "```", examples_text(examples), "```", ""]
+    lines += ["## The same, drawn", "", DRAWN, "", "```", examples_text(drawn), "```", ""]
     hint = ""
     if not plots:
         advice = "`pip install matplotlib`, then run `--stages=eval` again"

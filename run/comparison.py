@@ -4,7 +4,7 @@ from __future__ import annotations
 import json
 import time
 from functools import partial
-from typing import Callable, Sequence
+from typing import Callable, Mapping, NamedTuple, Sequence
 
 import parallel
 from eval import assess, write_answers
@@ -13,7 +13,7 @@ from formats import Prompt
 from formats.files import read_json
 from reward import RewardFunction
 from run.folder import Run, load_model, timings
-from run.models import answer, base_model, best_of, open_reward, ranker, score_all, to_text
+from run.models import answer, base_model, best_of, pays_by_function, ranker, reward_model, score_all, to_text
 from run.sources import Source
 
 # Prompts and the ids of their answers -> what each answer is worth, by metric.
@@ -21,9 +21,10 @@ Judge = Callable[[Sequence[Prompt], Sequence[list[int]]], list[dict[str, float]]
 
 
 def compare(run: Run, source: Source, policies: Sequence[str]) -> None:
-    """Compare the run's models, and the base, on prompts no stage has seen; write the report.
+    """Compare the run's models on prompts no stage has seen; write the report.
 
-    policies: names of results that are models that answer, in the order of the table.
+    policies: names of results that are models that answer, in the order of the table. A model of
+    one's own is compared with the base it comes from, too; the world's has random weights.
     """
     config, began = run.config, time.perf_counter()
     prompts = source.heldout()
@@ -31,43 +32,74 @@ def compare(run: Run, source: Source, policies: Sequence[str]) -> None:
     if not ranker(run) and not run.result("reward"):
         raise ValueError("nobody judges the answers: run --stages=reward first, or give "
                          "--reward.function=FILE.py")
-    answers = answers_of_all(run, prompts, policies)
-    judge = open_judge(run)
-    values = {name: judge(prompts, responses) for name, responses in answers.items()}
-    texts = {name: [to_text(run, prompt, ids) for prompt, ids in zip(prompts, responses)]
-             for name, responses in answers.items()}
+    names = models_to_ask(run, policies)
     reference = config.eval.reference
-    if reference not in texts:
-        run.say(f"eval     : no model {reference} to compare with, so with the base")
-        reference = "base"
+    if reference not in names:
+        reference = names[0]
+        run.say(f"eval     : no model {config.eval.reference} to compare with, so with {reference}")
+    # greedy answers are what a user gets; drawn ones show what a model does half of the time
+    answers = answers_of(run, prompts, names)
+    judge = open_judge(run)
+    values = {name: judge(prompts, responses) for name, responses in answers.greedy.items()}
+    drawn_values = {name: judge(prompts, responses) for name, responses in answers.drawn.items()}
+    texts = texts_of(run, prompts, answers.greedy)
+    drawn_texts = texts_of(run, prompts, answers.drawn)
     results = assess(prompts, texts, values, reference)
+    if drawn_texts:
+        results["sampled"] = assess(prompts, drawn_texts, drawn_values, reference)
     reward_path = run.result("reward")
     results["reward_model"] = (read_json(reward_path / "config.json").get("holdout_accuracy", {})
                                if reward_path else {})
     results["seconds"] = {**timings(run), "eval": round(time.perf_counter() - began, 2)}
     if run.machine.is_main:
-        write_answers(run.out / "answers.jsonl", prompts, texts, values)
+        write_answers(run.out / "answers.jsonl", prompts, texts, values, drawn_texts, drawn_values)
         (run.out / "eval.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        telling = {name: texts[name] for name in texts if name != "base" or not config.is_world}
-        examples = pick_examples(prompts, telling, values, config.eval.show)
-        said = write_report(run.out, results, examples)
+        examples = pick_examples(prompts, texts, values, config.eval.show)
+        sampled = pick_examples(prompts, drawn_texts, drawn_values, config.eval.show)
+        said = write_report(run.out, results, examples, sampled)
         print(table(results), "", examples_text(examples), "", said, sep="\n")
 
 
-def answers_of_all(run: Run, prompts: Sequence[Prompt], policies: Sequence[str]
-                   ) -> dict[str, list[list[int]]]:
-    """Return every model's greedy answers, the base's first, and the best of n where asked for."""
-    made = [name for name in policies if run.result(name)]
-    if not made and run.config.is_world:
-        raise ValueError(f"{run.out} has no model to evaluate: run --stages=sft first")
-    answers: dict[str, list[list[int]]] = {}
-    for name in ("base", *made):
+def models_to_ask(run: Run, policies: Sequence[str]) -> list[str]:
+    """Return the names of the models that are compared: the last one is what the run is about."""
+    config = run.config
+    names = [] if config.is_world else ["base"]
+    names += [name for name in policies if run.result(name)]
+    if config.eval.best_of and (run.result("reward") or pays_by_function(run)):
+        # before the last, which is the recipe's own
+        names.insert(max(len(names) - 1, 1), f"best-of-{config.eval.best_of}")
+    asked = [name for name in names if name in config.eval.models or not config.eval.models]
+    if not asked:
+        raise ValueError(f"{run.out} has no model to evaluate"
+                         + (f" of {', '.join(config.eval.models)}: it has {', '.join(names)}"
+                            if names else ": run --stages=sft first"))
+    return asked
+
+
+class Answers(NamedTuple):
+    """Ids of answers by model, an answer to every prompt."""
+    greedy: dict[str, list[list[int]]]  # best-of-n: its best sample
+    drawn: dict[str, list[list[int]]]   # at T = 1
+
+
+def answers_of(run: Run, prompts: Sequence[Prompt], names: Sequence[str]) -> Answers:
+    """Have every model answer."""
+    answers = Answers({}, {})
+    for name in names:
+        if name.startswith("best-of-"):
+            answers.greedy[name] = best_of(run, prompts)
+            continue
         path = run.result(name)
         model = load_model(run, path, frozen=True) if path else base_model(run)
-        answers[name] = answer(run, model, prompts, temperature=0.0)
-        if run.config.eval.best_of and name == ("sft" if "sft" in made else "base"):
-            answers[f"best-of-{run.config.eval.best_of}"] = best_of(run, prompts)
+        answers.greedy[name] = answer(run, model, prompts, temperature=0.0)
+        answers.drawn[name] = answer(run, model, prompts, temperature=1.0, purpose="sampled")
     return answers
+
+
+def texts_of(run: Run, prompts: Sequence[Prompt], answers: Mapping[str, Sequence[list[int]]]
+             ) -> dict[str, list[str]]:
+    return {name: [to_text(run, prompt, ids) for prompt, ids in zip(prompts, responses)]
+            for name, responses in answers.items()}
 
 
 def open_judge(run: Run) -> Judge:
@@ -75,7 +107,7 @@ def open_judge(run: Run) -> Judge:
     function = ranker(run)
     if function:
         return partial(function_values, run, function)
-    scorer = open_reward(run, "model")
+    scorer = reward_model(run)
     return lambda prompts, responses: [
         {"score": x} for x in score_all(run, scorer.model, scorer.score, prompts, responses)]
 

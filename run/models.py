@@ -84,7 +84,7 @@ def best_of(run: Run, prompts: Sequence[Prompt]) -> list[list[int]]:
     policy = load_model(run, policy_path(run), frozen=True)
     drawn = [answer(run, policy, prompts, 1.0, f"best of {i}")
              for i in range(run.config.eval.best_of)]
-    scorer = open_reward(run, run.config.ppo.reward)
+    scorer = open_reward(run)
     scores = [score_all(run, scorer.model, scorer.score, prompts, responses) for responses in drawn]
     # one column per prompt: its samples' scores and ids
     best = []
@@ -108,13 +108,23 @@ class Reward(NamedTuple):
     model: nn.Module | None
 
 
-def open_reward(run: Run, kind: str) -> Reward:
-    """Return the reward. kind: model, function, or auto: the reward model if the run has one."""
+def pays_by_function(run: Run) -> bool:
+    """Whether PPO is paid by a function; --ppo.reward=auto: by the reward model if there is one."""
     config = run.config
-    path = run.result("reward")
-    function = ranker(run)
-    if kind == "function" or kind == "auto" and path is None and config.reward.function:
-        return Reward(reward.function_reward(function, partial(to_text, run)), None)
+    is_left = run.result("reward") is None and config.reward.function
+    return config.ppo.reward == "function" or config.ppo.reward == "auto" and bool(is_left)
+
+
+def open_reward(run: Run) -> Reward:
+    """Return what pays PPO."""
+    if pays_by_function(run):
+        return Reward(reward.function_reward(ranker(run), partial(to_text, run)), None)
+    return reward_model(run)
+
+
+def reward_model(run: Run) -> Reward:
+    """Return the run's reward model."""
+    config = run.config
     path = run.needed("reward", "reward")
     content = read_json(path / "config.json")
     scale = Scale(content.get("score_mean", 0.0), content.get("score_std", 1.0))

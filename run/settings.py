@@ -22,7 +22,7 @@ from model import ModelConfig
 from parallel import ParallelConfig
 from ppo import PPOConfig, one_of
 from reward import RewardConfig
-from sft import SFTConfig
+from sft import SFTConfig, TopConfig
 from weights import read_config
 
 
@@ -43,6 +43,7 @@ class Config:
     model: ModelSection = field(default_factory=ModelSection)
     data: DataConfig = field(default_factory=DataConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
+    top: TopConfig = field(default_factory=TopConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -72,9 +73,11 @@ class Config:
 # Defaults that change with --model=DIR: what a pretrained LLaMA of 7 to 13 billion parameters
 # needs. The paper prints no table; these are the settings that published LLaMA PPO runs agree on.
 PRETRAINED_DEFAULTS = {
+    # baselines cost a model's training and many samples: asked for by name
+    "stages": ("sft", "sample", "annotate", "reward", "ppo", "eval"), "eval.best_of": 0,
     "data.template": "alpaca", "data.max_prompt_tokens": 512, "data.max_response_tokens": 512,
     "sft.epochs": 3.0, "sft.batch_size": 128, "sft.microbatch_size": 4, "sft.lr": 2e-5,
-    "sft.weight_decay": 0.0,
+    "sft.weight_decay": 0.0, "top.epochs": 1.0, "top.lr": 2e-6,
     "reward.epochs": 1.0, "reward.batch_size": 64, "reward.microbatch_size": 1,
     "reward.generation_batch": 32, "reward.lr": 1e-5, "reward.weight_decay": 0.0,
     "reward.noise": 0.0,
@@ -221,6 +224,11 @@ def comments_of(section: type) -> dict[str, str]:
     return comments
 
 
+def shown(value: Any) -> str:
+    """Write a flag's value as on the command line."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
 def usage(intro: str, stages: Collection[str]) -> str:
     """List every flag: its default, the one under --model=DIR, what it is, what it can be."""
     lines = [intro.strip(), "", "--model=DIR is short for --model.path=DIR; --config=FILE starts "
@@ -228,13 +236,12 @@ def usage(intro: str, stages: Collection[str]) -> str:
     sections = {"": Config, **get_type_hints(Config)}
     for flag, value in flatten(Config()).items():
         section, _, key = flag.rpartition(".")
-        shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
         text = comments_of(sections[section])[key]
         if flag in CHOICES:
             text = f"{' | '.join(CHOICES[flag])}: {text}"
         if flag in PRETRAINED_DEFAULTS:
-            text = f"[{PRETRAINED_DEFAULTS[flag]} with --model] {text}"
-        lines.append(f"  --{f'{flag}={shown}':34} {text}")
+            text = f"[{shown(PRETRAINED_DEFAULTS[flag])} with --model] {text}"
+        lines.append(f"  --{f'{flag}={shown(value)}':34} {text}")
     return "\n".join(lines)
 
 
