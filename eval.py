@@ -7,9 +7,9 @@
     python eval.py chat DIR                        talk to a model
     python eval.py generate DIR --prompts=FILE --n=5            answers as JSON lines
 
-and what train.py's last stage measures. On the embedded world the gold rubric judges, which
-training never sees. On real prompts a reward model judges, or a function, or people do; a win by
-the reward model that PPO was trained to please shows that PPO works, not that answers got better.
+and what train.py's last stage measures. On the embedded world the gold rubric judges, else a reward
+model, a function, or people; a win by the reward model that PPO was trained to please shows that
+PPO works, not that answers got better.
 
 A model is a name with an answer to every prompt, and every answer has values: "score", which
 decides who wins, and whatever else its judge measures. Prompts without a task are the domain
@@ -85,12 +85,10 @@ def assess(
         changes: name -> the same rows as {"change", "interval"}, on the same prompts; for every
             model but the reference, for none if that is not there
         ahead: name -> the last model's changes against it, for every other model
-        head_to_head: "ppo_vs_sft" -> who wins in-domain by the score, likewise; base takes no part,
-            since a win over a model that only babbles says nothing
+        head_to_head: "ppo_vs_sft" -> who wins in-domain by the score, likewise without the base
     """
     # 1. Every model by itself.
     models = {name: summarise(prompts, rows) for name, rows in values.items()}
-
     # 2. Against the reference, prompt by prompt. Where that is missing, because the run never
     #    trained it, there is nothing to compare with: the table has columns and no changes.
     others = [name for name in models if name != reference] if reference in models else []
@@ -104,7 +102,7 @@ def assess(
     contests = {}
     for name in rest:
         if name == "base" and name != reference:
-            continue
+            continue  # a win over a model that only babbles says nothing
         ours = values[last]
         theirs = values[name]
         preferences = [prefer(ours[i]["score"], theirs[i]["score"]) for i in domain]
@@ -208,8 +206,7 @@ def write_answers(
 ) -> None:
     """Write answers.jsonl, one object per prompt and model, so that no mean stands alone.
 
-    Whoever doubts a number, or wants another one, finds every answer with its values here.
-    sampled, sampled_values: of answers drawn at T = 1, by those models that have any.
+    Whoever doubts a number finds every answer with its values; sampled: those drawn at T = 1.
     """
     rows = []
     for i, prompt in enumerate(prompts):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Mapping, NamedTuple, Sequence
@@ -199,7 +199,7 @@ def run_top(run: Run, source: Source) -> None:
 
     Rejection sampling with people as the judge, on the rankings that the reward model learns from.
     """
-    config = replace(run.config.sft, **asdict(run.config.top))
+    config = replace(run.config.sft, epochs=run.config.top.epochs, lr=run.config.top.lr)
     _, rest = hold_out(source.rankings(), run.config.reward.holdout)
     model = load_model(run, policy_path(run))
     supervise(run, model, [ranking.best for ranking, _ in rest], config, "top")

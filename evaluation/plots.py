@@ -10,8 +10,8 @@ from formats.files import read_jsonl
 
 # Okabe and Ito's colours, which people with any kind of colour blindness tell apart. The models of
 # every run keep theirs; others take the rest in turn. Grey is for what does not matter.
-COLOURS = {"base": "#BBBBBB", "sft": "#0072B2", "ppo": "#D55E00"}
-MORE_COLOURS = ("#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#F0E442")
+COLOURS = {"base": "#BBBBBB", "sft": "#0072B2", "top": "#009E73", "ppo": "#D55E00"}
+MORE_COLOURS = ("#56B4E9", "#CC79A7", "#E69F00", "#F0E442")
 NOISE = "#999999"
 
 
@@ -168,19 +168,24 @@ def write_plots(out: Path, results: Mapping[str, Any]) -> list[str]:
 
 
 def draw_path(plots: Any, rows: Sequence[Mapping[str, float]]) -> Any:
-    """Draw PPO's iterations as points: how far the policy went, and what score it got for that.
+    """Draw PPO's iterations as points: how far the policy went, and what it got for that.
 
-    A score that rises while the KL runs away is the picture of over-optimisation.
+    A score that rises while the judge's falls is the picture of over-optimisation.
     """
     if not rows:
         return None
-    figure, axis = plots.subplots(figsize=(5.2, 3.6), constrained_layout=True)
+    titles = {"score_mean": "score that pays", "judge_mean": "score of the judging function"}
+    titles = {name: title for name, title in titles.items() if name in rows[0]}
+    figure, axes = plots.subplots(
+        1, len(titles), figsize=(4.6 * len(titles) + 0.8, 3.6), constrained_layout=True,
+        squeeze=False)
     # Time runs along the colour, not along an axis: the two may move back and forth.
     kl = [row["kl"] for row in rows]
-    scores = [row["score_mean"] for row in rows]
-    points = axis.scatter(kl, scores, c=[row["step"] for row in rows], s=18, cmap="viridis")
-    axis.set(title="score against KL", xlabel="KL to the start [nats per response]")
-    axis.set(ylabel="mean score")
+    steps = [row["step"] for row in rows]
+    for axis, (name, title) in zip(axes.flat, titles.items()):
+        points = axis.scatter(kl, [row[name] for row in rows], c=steps, s=18, cmap="viridis")
+        axis.set(title=title, xlabel="KL to the start [nats per response]")
+        axis.set(ylabel="mean over a rollout")
     figure.colorbar(points, label="iteration")
     return figure
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Mapping, NamedTuple, Sequence
 
-from evaluation.head_to_head import share_text
+from evaluation.head_to_head import results_text, share_text
 from evaluation.plots import write_plots
 from evaluation.statistics import SHARES, mean, share_interval
 from formats import Prompt
@@ -127,11 +127,15 @@ def ahead_lines(results: Mapping[str, Any]) -> list[str]:
         contest = results["head_to_head"].get(f"{last}_vs_{name}")
         if contest is None:
             continue
-        said = [f"{metric} {points_text(changed['in_domain'][metric])}"
-                for metric in ("strict",) if metric in changed["in_domain"]]
+        said = []
+        if "strict" in changed["in_domain"]:
+            said.append(f"strict {points_text(changed['in_domain']['strict'])}")
         if "general" in changed:
             said.append(f"general {points_text(changed['general']['mean'])}")
-        said.append(f"wins {100 * contest['win']:.0f} %, losses {100 * contest['loss']:.0f} %")
+        if said:
+            said.append(f"wins {100 * contest['win']:.0f} %, losses {100 * contest['loss']:.0f} %")
+        else:
+            said.append(results_text(contest))
         lines.append(f"{last} less {name:10} {', '.join(said)}")
     return lines
 

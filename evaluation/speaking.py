@@ -22,6 +22,7 @@ from data import DataConfig, Tokenizer, open_tokenizer
 from formats import Message, Messages, Prompt
 from formats.files import read_json
 from formats.parsers import text_prompt
+from formats.records import without_repeats
 from model import Transformer, generate
 from weights import load_pretrained
 
@@ -128,7 +129,11 @@ def world_prompts(settings: Mapping[str, Any]) -> list[Prompt]:
 def prompts_for(speakers: Sequence[Speaker], files: str, skip_bad: bool) -> list[Prompt]:
     """Return the prompts of files, comma-separated, or those of the world all speakers are from."""
     if files:
-        return read_prompts(files.split(","), skip_bad)
+        records = read_prompts(files.split(","), skip_bad)
+        prompts = without_repeats(records)
+        if len(prompts) < len(records):
+            print(f"prompts: {len(records) - len(prompts)} repeated ones left out", file=sys.stderr)
+        return prompts
     if all(speaker.is_world for speaker in speakers):
         return world_prompts(speakers[0].settings)
     raise ValueError(

@@ -61,19 +61,22 @@ def change_interval(strata: Sequence[Sequence[float]], pseudo: float = 2.0) -> I
     """Return the 95 % interval of the mean over strata of their mean paired differences.
 
     strata: differences on the same prompts; one stratum, or one per task, each of equal weight.
-    pseudo: pairs added to each stratum, a quarter of them won (+1), a quarter lost (-1), half tied.
-        Without them two models that agree on 60 prompts would differ by 0 +- 0, as if no prompt on
-        earth could tell them apart; with them it is 0 +- 3 points. They pull the centre a little
-        towards 0. They presume differences in [-1, 1]: 0 for numbers without bounds.
+    pseudo: pairs added, shared evenly by the strata; a quarter of them won (+1), a quarter lost
+        (-1), half tied. Without them two models that agree on 60 prompts would differ by 0 +- 0, as
+        if no prompt on earth could tell them apart; with them it is 0 +- 3 points. They pull the
+        centre a little towards 0, so there are as many in all as in one stratum: 2 in each of 12
+        would pull large changes out of their interval. They presume differences in [-1, 1]: 0 for
+        numbers without bounds.
     Source: Agresti and Min 2005 (2 pairs).
     """
     found = mean(mean(differences) for differences in strata)
     means = []
     variances = []  # of each stratum's mean
+    added = pseudo / len(strata)
     for differences in strata:
-        n = len(differences) + pseudo
+        n = len(differences) + added
         centre = sum(differences) / n
-        squares = sum(d * d for d in differences) + pseudo / 2  # half of the pseudo-pairs are +-1
+        squares = sum(d * d for d in differences) + added / 2  # half of the pseudo-pairs are +-1
         means.append(centre)
         variances.append((squares / n - centre**2) / n)
     # Strata are independent: variances add up, and the mean of k strata divides the deviation by k.

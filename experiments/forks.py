@@ -131,31 +131,42 @@ def prepare(place: Path) -> None:
           f"--out={place / 'base'}"], ROOT)
 
 
-def run_fork(name: str, place: Path) -> Measured:
-    """Patch a copy of the project, run it, look for the change; ValueError where one fails."""
-    began = time.perf_counter()
-    fork = FORKS[name]
-    patch = PATCHES / f"{name}.patch"
+def sources() -> list[Path]:
+    """Return the files of the code: those at the top, and those of the rooms."""
+    return sorted((*ROOT.glob("*.py"), *ROOT.glob("*/*.py")))
 
-    # 1. A copy of the code: the files at the top, and those of the rooms.
-    copy = place / name / "copy"
-    for path in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py")):
+
+def copy_code(copy: Path) -> None:
+    """Copy the code into a folder, for a patch to change it there."""
+    for path in sources():
         target = copy / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
 
-    # 2. The patch: counted, then applied.
-    files = []
-    lines = 0
+
+def apply(patch: Path, copy: Path) -> dict[str, int]:
+    """Apply a patch to a copy of the code; return the changed files, and the lines in each."""
+    changed = {}
     for line in call(["git", "apply", "--numstat", patch], copy).splitlines():
         added, removed, file = line.split("\t")
-        lines += int(added) + int(removed)
-        files.append(file)
-    if lines > fork.lines or len(files) > fork.files:
-        raise ValueError(f"{lines} lines in {len(files)} files; limit {fork.lines} in {fork.files}")
+        changed[file] = int(added) + int(removed)
     call(["git", "apply", patch], copy)
+    return changed
 
-    # 3. The run, and what it left.
+
+def run_fork(name: str, place: Path) -> Measured:
+    """Patch a copy of the project, run it, look for the change; ValueError where one fails."""
+    began = time.perf_counter()
+    fork = FORKS[name]
+    copy = place / name / "copy"
+    copy_code(copy)
+    changed = apply(PATCHES / f"{name}.patch", copy)
+    lines = sum(changed.values())
+    if lines > fork.lines or len(changed) > fork.files:
+        raise ValueError(f"{lines} lines in {len(changed)} files; "
+                         f"limit {fork.lines} in {fork.files}")
+
+    # The run, and what it left.
     out = place / name / "out"
     command = fork.command.format(base=place / "base", data=place / "data", out=out)
     call([sys.executable, *command.split()], copy)
@@ -166,7 +177,7 @@ def run_fork(name: str, place: Path) -> Measured:
         assert shown, "nothing to see"
     except (AssertionError, LookupError, OSError) as error:
         raise ValueError(f"the run does not show the change: {error!r}") from None
-    return Measured(files, lines, time.perf_counter() - began, shown)
+    return Measured(list(changed), lines, time.perf_counter() - began, shown)
 
 
 def main(names: Sequence[str]) -> None:

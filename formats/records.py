@@ -128,3 +128,17 @@ class BadRow(Exception):
 
 class Uninformative(Exception):
     """A well-formed row with nothing to learn from."""
+
+
+def prompt_key(record: Prompt | Dialogue | Ranking) -> str:
+    """Return what makes two prompts the same: their text, however it is spaced."""
+    messages = record.messages[:-1] if isinstance(record, Dialogue) else record.messages
+    return " ".join(dialogue_text(messages).split())
+
+
+def without_repeats(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Keep the first of equal prompts: an interval counts each as news, and the second is none."""
+    distinct: dict[str, Prompt] = {}
+    for prompt in prompts:
+        distinct.setdefault(prompt_key(prompt), prompt)
+    return list(distinct.values())

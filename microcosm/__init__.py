@@ -105,22 +105,6 @@ def demonstrate(item: Item, rng: random.Random) -> str:
     return item.slip if rng.random() < SLIP else item.answer
 
 
-def annotate(
-    prompt: str, answer: str, responses: Sequence[str], seed: int, noise: float
-) -> list[int]:
-    """Rank responses as a person with the rubric in mind would: by gold plus an error N(0, noise).
-
-    answer: the true one.   Returns: a rank per response, 1 is best; equal responses share a rank.
-    """
-    felt = []
-    for response in responses:
-        # The error belongs to the response: the order in which responses are shown does not matter.
-        rng = random.Random(f"annotator {seed} {prompt}\n{response}")
-        felt.append(rubric.score(prompt, response, answer) + rng.gauss(0, noise))
-    order = sorted(set(felt), reverse=True)
-    return [order.index(value) + 1 for value in felt]
-
-
 def train_tokenizer(path: str | Path, vocab_size: int = 512) -> None:
     """Train the world's sentencepiece tokenizer (BPE) on 3,000 training prompts and answers."""
     import sentencepiece

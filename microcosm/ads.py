@@ -37,8 +37,8 @@ SMALL_TALK = ("Call us now.", "Made in Spain.", "Open on Sunday.", "Sold in two 
 # Share of the ads that break 0, 1, 2 ... 6 rules.
 VIOLATIONS = (0.12, 0.16, 0.20, 0.20, 0.16, 0.10, 0.06)
 
-# Reviewers are hasty: each reason is noticed with the same chance, whatever else is noticed. So a
-# full analysis of an ad that breaks n rules is 0.3 ** n of its reviews, and rare among five samples.
+# Reviewers are hasty: each reason is noticed with the same chance, whatever else is noticed. So of
+# the reviews of an ad that breaks n rules, 0.3 ** n are full analyses: rare among five samples.
 NOTICED = 0.3
 INVENTED = 0.1   # share of reviews that hold an innocent word against the ad
 FLIPPED = 0.04   # share of reviews with the wrong verdict

@@ -1,7 +1,8 @@
 """Twelve general tasks that must not get worse: lists, numbers, words, small deductions.
 
 Every prompt carries enough content that whole combinations can be held out while every word is
-seen, and that no prompt need be asked twice: here and there a word stands in it that means nothing. Each task is one that two layers of attention can do: find a word by the one before it, count,
+seen, and that no prompt need be asked twice: here and there a word stands in it that means nothing.
+Each task is one that two layers of attention can do: find a word by the one before it, count,
 remember a small table. A new task is a function that draws a question, and a line in GENERATORS.
 """
 from __future__ import annotations

@@ -13,7 +13,8 @@ from formats import Prompt
 from formats.files import read_json
 from reward import RewardFunction
 from run.folder import Run, load_model, timings
-from run.models import answer, base_model, best_of, pays_by_function, ranker, reward_model, score_all, to_text
+from run.models import (answer, base_model, best_of, pays_by_function, ranker, reward_model,
+                        score_all, to_text)
 from run.sources import Source
 
 # Prompts and the ids of their answers -> what each answer is worth, by metric.

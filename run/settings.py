@@ -271,9 +271,10 @@ def reward_shape(config: Config) -> ModelConfig | None:
 
 def check(config: Config, stages: Collection[str]) -> None:
     """Refuse what cannot be run."""
+    flat = flatten(config)
     for flag, choices in CHOICES.items():
-        if flatten(config)[flag] not in choices:
-            raise ValueError(f"--{flag}={flatten(config)[flag]}: use {one_of(choices)}")
+        if flat[flag] not in choices:
+            raise ValueError(f"--{flag}={flat[flag]}: use {one_of(choices)}")
     check_stages(config, stages)
     check_folders(config)
     if len(config.reward.temperatures) < 2:

@@ -26,7 +26,7 @@ from data import TokenizedDialogue, TokenizedRanking
 from formats import Dialogue, Message, Prompt
 from formats.files import read_jsonl, write_jsonl
 from formats.parsers import any_prompt, prompt_field
-from formats.records import dialogue_text
+from formats.records import prompt_key, without_repeats
 from model import derive
 from run.folder import Run
 
@@ -143,12 +143,6 @@ def hold_out(ranked: Sequence[Ranked], share: float) -> tuple[list[Ranked], list
     return held, rest
 
 
-def prompt_key(record: Prompt | Dialogue | formats.Ranking) -> str:
-    """Return what makes two prompts the same: their text, however it is spaced."""
-    messages = record.messages[:-1] if isinstance(record, Dialogue) else record.messages
-    return " ".join(dialogue_text(messages).split())
-
-
 def prompt_row(prompt: Prompt) -> dict[str, Any]:
     """Return a prompt as an object of a JSON file; `prompt_of` reads it back."""
     return {"prompt": prompt_field(prompt.messages), "answer": prompt.answer, "task": prompt.task}
@@ -245,7 +239,10 @@ class Files(Source):
             if self.run.result("sft"):
                 self.run.say("eval data: held out only now, after SFT, which may have seen them: "
                              "give --ppo.prompts with the first stage")
-        write_jsonl(self.run.out / "heldout.jsonl", map(prompt_row, chosen))
+        prompts = without_repeats(chosen)
+        if len(prompts) < len(chosen):
+            self.run.say(f"eval data: {len(chosen) - len(prompts)} repeated prompts left out")
+        write_jsonl(self.run.out / "heldout.jsonl", map(prompt_row, prompts))
 
     def dialogues(self) -> list[Dialogue]:
         records, report = formats.read_dialogues(self.config.sft.data, self.config.data.skip_bad)
@@ -261,7 +258,7 @@ class Files(Source):
 
 def smallest_hashes(records: Sequence[Prompt], n: int) -> list[Prompt]:
     """Choose n different prompts by a hash of their text, which spreads them evenly."""
-    distinct = {prompt_key(record): record for record in reversed(records)}
+    distinct = {prompt_key(record): record for record in without_repeats(records)}
     if len(distinct) <= n:
         raise ValueError(f"--ppo.prompts has {len(distinct)} different prompts and --eval.holdout="
                          f"{n} of them are held out: lower it")

@@ -30,6 +30,7 @@ FLAGS = [
     "--eval.general=24",
     "--data.max_response_tokens=12",
     "--reward.holdout=0.3",
+    "--model.max_seq_len=128",
 ]
 
 

@@ -1,6 +1,7 @@
 """Settings: which of several sources a value is taken from, and that no flag is dead."""
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def runs(tmp_path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("names,kl_coef", [
-    ([], 0.3), (["base"], 2.0), (["out"], 3.0), (["config"], 4.0), (["given"], 5.0),
+    ([], 0.15), (["base"], 2.0), (["out"], 3.0), (["config"], 4.0), (["given"], 5.0),
     (["out", "base"], 3.0), (["base", "out"], 3.0), (["fresh", "base"], 2.0),
     (["base", "config"], 4.0), (["config", "out"], 4.0), (["base", "out", "config"], 4.0),
     (["given", "base", "out", "config"], 5.0), (["base", "given"], 5.0)], ids=str)
@@ -122,6 +123,8 @@ def watch(monkeypatch: pytest.MonkeyPatch, seen: set[str]) -> None:
     parse_args = settings.parse_args
     monkeypatch.setattr(train, "parse_args",
                         lambda *args: Watched(parse_args(*args), "", seen))
+    # what is built of a section's other fields has been read by the stage that owns them
+    monkeypatch.setattr(train, "replace", lambda section, **new: replace(section.target, **new))
 
 
 @pytest.fixture(scope="module")
@@ -172,10 +175,10 @@ def test_every_flag_is_read_by_a_run(watched):
 def test_every_forward_of_a_bfloat16_run_is_in_bfloat16(watched):
     """In one process autocast has to be asked for; a stage that forgot would run in float32."""
     stages = {stage for stage, _ in watched["forwards"]}
-    assert stages == {"run_sft", "run_sample", "run_reward", "run_ppo", "run_eval"}
+    assert stages == {"run_sft", "run_sample", "run_top", "run_reward", "run_ppo", "run_eval"}
     assert {stage for stage, is_autocast in watched["forwards"] if not is_autocast} == set()
 
 
 def test_a_watched_run_is_a_whole_run(watched):
-    assert len(read_jsonl(watched["out"] / "world" / "metrics.jsonl")) == 4 + 2 + 2
+    assert len(read_jsonl(watched["out"] / "world" / "metrics.jsonl")) == 4 + 2 + 2 + 2
     assert (watched["out"] / "files" / "eval.json").exists()

@@ -1,5 +1,5 @@
 """The embedded world: its truth re-derived from the text by an own reader, splits, people, rubric,
-annotator, tokenizer."""
+tokenizer."""
 
 import hashlib
 import importlib.util
@@ -13,7 +13,7 @@ import pytest
 
 import microcosm
 from data import Tokenizer
-from microcosm import TASKS, Item, annotate, demonstrate, items, rubric
+from microcosm import TASKS, Item, demonstrate, items, rubric
 
 ADULT = {"beer", "wine", "casino", "cigar"}
 FINANCE = {"loan", "bonds", "crypto", "shares"}
@@ -102,12 +102,12 @@ def solve(item: Item) -> str:
         "add": lambda: f"{sum(numbers)} {words[1]}",
         "larger": lambda: str(max(numbers)),
         "count": lambda: str(len(words)),
-        "next": lambda: f"{2 * numbers[-1] - numbers[-2]} {head.split()[1]}",
+        "next": lambda: f"{2 * numbers[-1] - numbers[-2]} {head.split()[2]}",
         "kind": lambda: class_of(head.split()[-1]),
         "logic": lambda: "yes" if truth_of(words) else "no",
         "weekday": lambda: DAYS[(DAYS.index(words[-1]) + numbers[0]) % 7],
         "odd-one-out": lambda: odd_one(words),
-        "antonym": lambda: f"{opposite(words[0])} {words[1]}",
+        "antonym": lambda: f"{opposite(words[0])} and {opposite(words[2])} {words[3]}",
     }
     return solvers[item.task]()
 
@@ -147,20 +147,29 @@ def test_splits_are_disjoint_for_all_seeds():
     )
 
 
+def test_no_prompt_comes_twice_in_a_split():
+    """As many as a default run draws; and where there are no more, that is said."""
+    drawn = {
+        "train": [("train", 40_000, 0.6), ("train", 3840, 1.0)],
+        "preference": [("preference", 9_000, 0.7)],
+        "eval": [("eval", 500, 1.0), ("eval", 720, 0.0)],
+    }
+    for calls in drawn.values():
+        for split, n, share in calls:
+            prompts = [item.prompt for item in items(split, n, 0, share)]
+            assert len(prompts) == n == len(set(prompts))
+    tasks = Counter(item.task for item in items("eval", 720, 0, 0.0))
+    assert set(tasks.values()) == {60} and len(tasks) == 12
+    with pytest.raises(ValueError, match="too few different prompts of .*split eval"):
+        items("eval", 6_000, 0, 0.0)
+
+
 def test_everything_is_a_function_of_the_seed():
     assert items("train", 200, 5) == items("train", 200, 5) != items("train", 200, 6)
-    item = items("preference", 1, 0, 1.0)[0]
-    answers = ["Approve.", item.answer, "Reject.", "nonsense"]
-
-    def ranks(seed: int, noise: float) -> list[int]:
-        return annotate(item.prompt, item.answer, answers, seed, noise)
-
-    assert ranks(1, 0.1) == ranks(1, 0.1)
-    assert len({tuple(ranks(seed, 2.0)) for seed in range(20)}) > 1
 
 
 def test_the_world_is_the_same_in_every_version():
-    """Prompts, answers, demonstrations, slips, rankings: what published numbers rest on."""
+    """Prompts, answers, demonstrations, slips: what published numbers rest on."""
     digest = hashlib.sha256()
     for split in ("train", "preference", "eval"):
         for seed in (0, 7):
@@ -168,24 +177,27 @@ def test_the_world_is_the_same_in_every_version():
             for item in items(split, 1500, seed):
                 shown = (item.prompt, item.answer, demonstrate(item, rng), item.slip, "")
                 digest.update("\n".join(shown).encode())
-    assert digest.hexdigest() == "4235d04051ee4dce49208974ac211c367ecbbec04d90be0066d48084e728c496"
-
-    rng = random.Random(1)
-    digest = hashlib.sha256()
-    for item in items("preference", 1000, 3):
-        answers = [demonstrate(item, rng) for _ in range(5)]
-        digest.update(str(annotate(item.prompt, item.answer, answers, 5, 0.1)).encode())
-    assert digest.hexdigest() == "6afccab6d4761f17a7ba827f23d107121268e1f4aefcf055ef66a0529157b4f6"
+    assert digest.hexdigest() == "91760b227b0d132e04a6cb8fc74a5144092cc0a1f09b974ce1082b83160e05c9"
 
 
 def test_people_are_imperfect():
     rng = random.Random(0)
     ads = items("train", 4000, 0, in_domain_share=1.0)
     judged = [rubric.metrics(ad.prompt, demonstrate(ad, rng), ad.answer) for ad in ads]
-    assert 0.36 < fmean(row["multi"] for row in judged if "multi" in row) < 0.44, (
-        "about 38 % are careful"
-    )
-    assert fmean(row["verdict"] for row in judged) > 0.95
+    assert fmean(row["multi"] for row in judged if "multi" in row) < 0.05, "analyses are rare"
+    assert 0.95 < fmean(row["verdict"] for row in judged) < 0.99
+    seen: Counter[bool] = Counter()
+    invented = 0
+    both: Counter[tuple[bool, bool]] = Counter()
+    for ad in ads:
+        true = microcosm.ads.parse(ad.answer).reasons
+        given = set(microcosm.ads.parse(demonstrate(ad, rng)).reasons)
+        seen.update(reason in given for reason in true)
+        invented += bool(given - set(true))
+        both.update((a in given, b in given) for a, b in zip(true, true[1:]))
+    noticed = seen[True] / seen.total()
+    assert abs(noticed - 0.3) < 0.015 and 0.08 < invented / len(ads) < 0.11
+    assert abs(both[True, True] / both.total() - noticed**2) < 0.015, "independently of each other"
     general = items("train", 4000, 0, in_domain_share=0.0)
     right = [
         rubric.metrics(item.prompt, demonstrate(item, rng), item.answer)["strict"]
@@ -252,18 +264,6 @@ def test_rubric_is_a_file_like_a_users_own():
     spec.loader.exec_module(mine)
     assert mine.score("", "Reject.", TWO_REASONS) == pytest.approx(0.4)
     assert mine.metrics("", "Reject.", TWO_REASONS)["verdict"] == 1
-
-
-def test_annotator_ranks_by_the_rubric():
-    answers = ["Reject. Medical claim: flu.", "Approve.", TWO_REASONS, "Approve.", "Reject."]
-    assert annotate("p", TWO_REASONS, answers, 0, noise=0.0) == [2, 4, 1, 4, 3]
-    noisy = [annotate("p", TWO_REASONS, answers, seed, noise=0.1) for seed in range(200)]
-    assert all(ranks[1] == ranks[3] for ranks in noisy), "equal answers are ties"
-    assert 0.75 < fmean(ranks[0] > ranks[2] for ranks in noisy) <= 1.0, (
-        "the better answer usually wins"
-    )
-    turned = annotate("p", TWO_REASONS, answers[::-1], 3, noise=0.1)
-    assert turned[::-1] == noisy[3], "the order in which answers are shown does not matter"
 
 
 def test_tokenizer(tmp_path):

@@ -374,7 +374,7 @@ def test_the_critic_starts_as_the_calibrated_reward_model(finished, tmp_path, mo
     critic = ppo_models(run).critic
     prompts = source.prompts_to_train()[:16]
     rows = [[*prompt.ids, 5, 6, 2] for prompt in prompts]
-    scores = open_reward(run, "model").score(prompts, [[5, 6, 2]] * 16)
+    scores = open_reward(run).score(prompts, [[5, 6, 2]] * 16)
     with torch.no_grad():
         values = torch.stack([critic(torch.tensor([row]))[0, -1] for row in rows])
     torch.testing.assert_close(values, scores, atol=1e-5, rtol=0)
@@ -579,7 +579,7 @@ def test_a_group_stands_together_and_every_prompt_comes_once(finished, tmp_path,
                 dataclasses.replace(run, machine=machine),
                 train.ppo.Models(None, None),
                 None,
-                prompts,
+                train.episodes_of(run, prompts, iteration),
                 iteration,
             )
     assert [row for row, _ in asked] == list(range(48)), "no noise comes twice"
@@ -615,9 +615,10 @@ def test_with_both_the_model_pays_and_the_function_judges(real, files, tmp_path)
     from run.models import open_reward
 
     (tmp_path / "b").mkdir()
-    run, source = open_run(tmp_path / "b", f"--base={real}", "--stages=ppo")
     for kind, is_model in (("auto", True), ("model", True), ("function", False)):
-        assert (open_reward(run, kind).model is not None) == is_model
+        flags = [f"--base={real}", "--stages=ppo", f"--ppo.reward={kind}"]
+        run, source = open_run(tmp_path / "b", *flags)
+        assert (open_reward(run).model is not None) == is_model
 
 
 def test_the_annotators_error_belongs_to_prompt_and_response(finished, tmp_path):
@@ -707,3 +708,126 @@ def test_an_evaluation_needs_a_judge_and_a_model(finished, files, tmp_path):
             f"--ppo.prompts={files / 'prompts.jsonl'}", "--eval.holdout=8", "--stages=eval"])
     with pytest.raises(ValueError, match="has no model to evaluate: run --stages=sft first"):
         train.main([*golden.FLAGS, f"--out={tmp_path / 'b'}", "--stages=eval"])
+
+
+# ---------------------------------------------------------------------------------------------
+# Baselines and who is asked
+
+RANKED = [
+    {"prompt_ids": [1, 7], "response_ids": [[5, 2], [6, 6, 2], [8, 2]], "ranks": [3, 1, 2]},
+    {"prompt_ids": [1, 8], "response_ids": [[5, 2], [6, 2], [6, 2]], "ranks": [2, 1, 1]},
+    {"prompt_ids": [1, 9], "response_ids": [[4, 2], [3, 3], [5, 2]], "ranks": [2, 1.5, 1.5]},
+    {"prompt_ids": [1, 5], "response_ids": [[4, 2], [6, 2], [7, 2]], "ranks": [1, 1, 1]},
+    {"prompt_ids": [1, 6], "response_ids": [[9, 2], [9, 9, 2], [9, 2]], "ranks": [1, 2, 1]},
+]
+
+
+def test_top_imitates_the_best_of_every_ranking(finished, tmp_path, monkeypatch):
+    """Of two best ones the first; a ranking without a pair has no best; none that is held out."""
+    out = tmp_path / "b"
+    out.mkdir()
+    write(out / "ranked.jsonl", [{**row, "task": ""} for row in RANKED])
+    run, source = open_run(out, f"--base={finished[0]}", "--stages=top", "--reward.holdout=0.01",
+                           "--top.epochs=5", "--top.lr=0.25", "--sft.epochs=1")
+    held, rest = sources.hold_out(source.rankings(), 0.01)
+    assert len(held) == 1 and len(rest) == 3
+    asked = []
+    monkeypatch.setattr(train, "train_on", lambda *args, **shown: asked.append(args))
+    train.run_top(run, source)
+    [(_, name, model, examples, make_batch, loss, config)] = asked
+    best = {(1, 7): [6, 6, 2], (1, 8): [6, 2], (1, 9): [3, 3], (1, 6): [9, 2]}
+    expected = [(list(one.ranking.prompt), best[tuple(one.ranking.prompt)]) for one in rest]
+    assert [example.tokens for example in examples] == [p + r for p, r in expected]
+    masks = [[False] * len(p) + [True] * len(r) for p, r in expected]
+    assert [example.response_mask for example in examples] == masks
+    assert (name, loss, make_batch) == ("top", train.sft.loss, sources.sft_batch)
+    assert config == dataclasses.replace(run.config.sft, epochs=5.0, lr=0.25)
+    start = load_pretrained(finished[0] / "sft").state_dict()
+    assert all(torch.equal(tensor, start[key]) for key, tensor in model.state_dict().items())
+
+
+def test_with_rankings_from_files_top_has_work(finished, tmp_path):
+    """Nothing is sampled or annotated; the responses of the file are imitated."""
+    rows = [{"prompt": f"Copy: {a} {b}", "chosen": f"{a} {b}", "rejected": b}
+            for a in WORDS for b in WORDS[:4]]
+    path, out = write(tmp_path / "pairs.jsonl", rows), tmp_path / "run"
+    config = settings.parse_args(
+        [f"--model={finished[0] / 'sft'}", f"--out={out}", *LENGTHS, f"--reward.data={path}",
+         "--stages=sample,annotate,top,reward", f"--ppo.prompts={path}"], train.STAGES)
+    assert train.stages_to_run(config, out) == ["top", "reward"]
+    out.mkdir()
+    run, source = open_run(out, f"--model={finished[0] / 'sft'}", *LENGTHS,
+                           f"--reward.data={path}", "--stages=top")
+    texts = {run.tokenizer.decode(example.tokens)
+             for example in (one.ranking.best for one in source.rankings())}
+    assert texts == {f"{row['prompt']}\n{row['chosen']}" for row in rows}
+
+
+def test_a_prompt_given_twice_for_the_evaluation_is_held_out_once(finished, tmp_path, capsys):
+    texts = ["Copy: fox dog", "Copy: owl", "Copy:  fox dog", "Copy: owl", "Copy: hen"]
+    rows = [{"prompt": text, "response": str(n)} for n, text in enumerate(texts)]
+    chosen = write(tmp_path / "eval.jsonl", rows)
+    (tmp_path / "run").mkdir()
+    _, source = open_run(tmp_path / "run", f"--model={finished[0] / 'sft'}", *LENGTHS,
+                         "--stages=eval", f"--eval.prompts={chosen}")
+    source.choose_heldout()
+    held = read_jsonl(tmp_path / "run" / "heldout.jsonl")
+    assert [(row["prompt"], row["answer"]) for row in held] == [
+        ("Copy: fox dog", "0"), ("Copy: owl", "1"), ("Copy: hen", "4")]
+    assert "2 repeated prompts left out" in capsys.readouterr().out
+
+
+def test_with_a_pretrained_model_top_runs_when_named(finished):
+    pretrained = [f"--model={finished[0] / 'sft'}", *LENGTHS, "--sft.data=x", "--ppo.prompts=x"]
+    for flags, expected in ((pretrained, False), ([], True)):
+        values = settings.parse_args([*flags, "--plan"], train.STAGES)
+        assert ("top" in values.stages) == expected and len(values.stages) == 6 + expected
+    named = settings.parse_args([*pretrained, "--plan", "--stages=top"], train.STAGES)
+    assert named.stages == ("top",)
+
+
+def test_who_judges_looks_on(finished, tmp_path, monkeypatch):
+    """judge_mean is the mean of the rubric over all episodes, read anew; nothing where it pays."""
+    rollouts = []
+    roll_out = train.roll_out
+
+    def look(*args):
+        rollouts.append(roll_out(*args))
+        return rollouts[-1]
+
+    monkeypatch.setattr(train, "roll_out", look)
+    flags = [f"--base={finished[0]}", "--stages=ppo", "--ppo.iterations=2"]
+    train.main([*flags, f"--out={tmp_path / 'a'}", "--ppo.in_domain_share=0.5"])
+    run, source = open_run(tmp_path / "a", "--stages=ppo")
+    asked = {prompt.ids: prompt for prompt in source.prompts_to_train()}
+    rows = read_jsonl(tmp_path / "a" / "metrics.jsonl")
+    for row, rollout in zip(rows, rollouts, strict=True):
+        scores = []
+        for tokens, real, mask in zip(rollout.tokens, rollout.attention_mask, rollout.response_mask):
+            prompt = asked[tuple(tokens[real & ~mask].tolist())]
+            text = data.decode_response(run.tokenizer, tokens[mask].tolist(), "plain",
+                                        prompt.messages)
+            scores.append(sources.microcosm.rubric.score(prompt.text, text, prompt.answer))
+        assert len(set(scores)) > 1
+        assert row["judge_mean"] == pytest.approx(sum(scores) / len(scores))
+    train.main([*flags, f"--out={tmp_path / 'b'}", "--ppo.reward=function"])
+    assert all("judge_mean" not in row for row in read_jsonl(tmp_path / "b" / "metrics.jsonl"))
+
+
+def test_some_models_can_be_asked(finished, tmp_path, capsys):
+    """In the table's order; without the reference there are columns and no changes."""
+    whole = json.loads((finished[0] / "eval.json").read_text())
+    for names, asked in (("ppo,sft", ["sft", "ppo"]), ("ppo", ["ppo"])):
+        out = tmp_path / names
+        train.main([f"--base={finished[0]}", f"--out={out}", "--stages=eval",
+                    f"--eval.models={names}"])
+        results = json.loads((out / "eval.json").read_text())
+        assert results["models"] == {name: whole["models"][name] for name in asked}
+        assert list(results["sampled"]["models"]) == asked
+        assert list(results["changes"]) == asked[1:] == list(results["sampled"]["changes"])
+        assert {row["model"] for row in read_jsonl(out / "answers.jsonl")} == set(asked)
+    assert capsys.readouterr().out.count("no model sft to compare with") == 1
+    assert "change" not in (out / "report.md").read_text()
+    with pytest.raises(ValueError, match="no model to evaluate of pop: it has sft, top, best-of-5"):
+        train.main([f"--base={finished[0]}", f"--out={tmp_path / 'c'}", "--stages=eval",
+                    "--eval.models=pop"])

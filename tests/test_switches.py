@@ -68,6 +68,7 @@ SHORT = {
     "sft": ["--stages=sft", "--sft.examples=96", "--sft.batch_size=32", "--sft.epochs=1"],
     "sample": ["--stages=sample", "--reward.sampled_prompts=8"],
     "annotate": ["--stages=annotate"],
+    "top": ["--stages=top", "--sft.batch_size=8"],
     "reward": ["--stages=reward", "--reward.epochs=1", "--reward.batch_size=8"],
     "ppo": ["--stages=ppo", "--ppo.iterations=2", "--data.max_response_tokens=8"],
     "eval": ["--stages=eval", "--eval.in_domain=8", "--eval.general=12"],
@@ -85,6 +86,8 @@ REACHES = [
     ("sample", "reward.top_p=0.5", "to_rank.jsonl"), ("sample", "seed=3", "to_rank.jsonl"),
     ("sample", "data.max_response_tokens=5", "to_rank.jsonl"),
     ("annotate", "reward.noise=0.5", "ranked.jsonl"), ("annotate", "seed=3", "ranked.jsonl"),
+    ("top", "top.epochs=1", "lr"), ("top", "top.lr=1e-4", "lr"), ("top", "sft.lr_end=0.5", "lr"),
+    ("top", "reward.holdout=0.6", "lr"),
     ("reward", "reward.holdout=0.6", "lr"), ("reward", "reward.epochs=2", "lr"),
     ("reward", "reward.batch_size=4", "lr"), ("reward", "reward.lr=1e-4", "lr"),
     ("reward", "reward.lr_end=0.5", "lr"), ("reward", "reward.warmup=0.9", "lr"),
@@ -108,7 +111,7 @@ REACHES = [
     ("ppo", "ppo.top_k=2", "score_mean"), ("ppo", "ppo.top_p=0.5", "score_mean"),
     ("ppo", "ppo.responses_per_prompt=4", "score_mean"), ("ppo", "seed=3", "score_mean"),
     ("eval", "eval.in_domain=9", "eval.json"), ("eval", "eval.general=14", "eval.json"),
-    ("eval", "eval.reference=ppo", "eval.json"), ("eval", "eval.best_of=2", "eval.json"),
+    ("eval", "eval.reference=ppo", "eval.json"), ("eval", "eval.best_of=2", "eval.json"), ("eval", "eval.models=sft", "eval.json"),
     ("eval", "eval.show=1", "report.md"), ("eval", "data.max_response_tokens=1", "eval.json"),
 ]
 

@@ -78,6 +78,7 @@ def test_files_of_a_run(finished):
         "ranked.jsonl",
         "tokenizer.model",
         "sft",
+        "top",
         "reward",
         "ppo",
         "heldout.jsonl",
@@ -94,7 +95,7 @@ def test_files_of_a_run(finished):
             "tokenizer.model",
         }
     rows = golden.lines(out / "metrics.jsonl")
-    assert {row["stage"] for row in rows} == {"sft", "reward", "ppo"}
+    assert {row["stage"] for row in rows} == {"sft", "top", "reward", "ppo"}
     for name in ("loss", "tokens_per_second", "grad_norm", "lr"):
         assert all(name in row for row in rows if row["stage"] != "ppo")
     wanted = {
@@ -125,7 +126,7 @@ def test_files_of_a_run(finished):
     assert all(row["rollout_logprob_diff"] < 1e-4 for row in rows if row["stage"] == "ppo")
     results = json.loads((out / "eval.json").read_text())
     assert (
-        results["models"].keys() == {"base", "sft", "ppo"}
+        list(results["models"]) == ["sft", "top", "best-of-5", "ppo"]
         and len(results["models"]["ppo"]["general"]["tasks"]) == 12
     )
     assert results["head_to_head"]["ppo_vs_sft"].keys() >= {"win", "tie", "loss"} and results[
@@ -179,6 +180,29 @@ def test_a_smaller_reward_model_gets_its_own_sft(finished, tmp_path):
 # Flags
 
 
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_rows_of_like_length_share_a_microbatch(finished, tmp_path, monkeypatch, stage):
+    """Whatever order and micro-batches the rows of a step have, the step is the same."""
+    update = train.update
+    cut, steps = [], {}  # tokens of a row in every micro-batch of a step; losses and norms
+
+    def look(model, optimizer, terms, *rest):
+        cut.append([batch.attention_mask.size(1) for batch in terms[0].batches])
+        return update(model, optimizer, terms, *rest)
+
+    monkeypatch.setattr(train, "update", look)
+    for size in (16, 5):
+        train.main([f"--base={finished[0]}", f"--out={tmp_path / str(size)}", f"--stages={stage}",
+                    f"--{stage}.batch_size=16", f"--{stage}.microbatch_size={size}",
+                    f"--{stage}.epochs=0.1" if stage == "sft" else "--reward.epochs=2"])
+        rows = golden.lines(tmp_path / str(size) / "metrics.jsonl")
+        steps[size] = [(row["loss"], row["grad_norm"]) for row in rows]
+    assert len(steps[5]) > 3 and sum(steps[5], ()) == pytest.approx(sum(steps[16], ()), rel=2e-3)
+    cut = [widths for widths in cut if len(widths) > 1]
+    assert all(widths == sorted(widths) for widths in cut)
+    assert any(widths[0] < 0.9 * widths[-1] for widths in cut), "or nothing is tested"
+
+
 def test_flags_are_frozen():
     """Flags are an interface: whoever changes one changes flags.txt with it, and sees that scripts will break."""
     now = [
@@ -186,7 +210,8 @@ def test_flags_are_frozen():
         for flag, value in settings.flatten(settings.Config()).items()
     ]
     now += [
-        f"with --model: --{flag}={value}" for flag, value in settings.PRETRAINED_DEFAULTS.items()
+        f"with --model: --{flag}={settings.shown(value)}"
+        for flag, value in settings.PRETRAINED_DEFAULTS.items()
     ]
     assert now == Path(__file__).with_name("flags.txt").read_text().splitlines()
 
@@ -235,7 +260,7 @@ def test_values_are_read_by_type():
         (["--ppo.whiten_advantages=local"], "use global, rank or off"),
         (["--ppo.kl_kind=k9"], "use k1, k2, k3 or abs"),
         (["--stages=ppo,sft"], "in this order"),
-        (["--stages=train"], "give some of sft,sample,annotate,reward,ppo,eval"),
+        (["--stages=train"], "give some of sft,sample,annotate,top,reward,ppo,eval"),
         (["--ppo.minibatch_size=48"], "must be a multiple"),
         (["--ppo.temperature=0"], "above 0"),
         (["--resume"], "--resume needs --out"),
