@@ -72,7 +72,8 @@ def draw_kl(plots: Any, found: Found) -> Any:
         axis.set(title=title, xlabel="square root of the KL to the SFT model [nats ** 0.5]")
         axis.set(ylabel="mean over a rollout")
         axis.grid(color="0.9")
-    axes[1].legend(title="kl_coef; large hollow mark: the end", frameon=False, fontsize=9)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5,
+                  title="kl_coef (a large hollow mark is where training ended)", frameon=False)
     return figure
 
 

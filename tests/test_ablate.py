@@ -132,7 +132,9 @@ def test_statistics_by_hand():
         summary.over_prompts([better], [one._replace(prompts=["x"] * 6)], "strict")
     rows = [{"judge_mean": x, "kl": 1.0} for x in (0.1, 0.9, 0.9, 0.2, 0.2)]
     path = one._replace(path=rows)
-    assert summary.peak(path, 2) == 0.9 and summary.at_the_end(path, "judge_mean", 2) == 0.2
+    assert summary.peaks_of([path], 2) == [0.9] and summary.at_the_end(path, "judge_mean", 2) == 0.2
+    other = one._replace(path=rows[::-1])  # at best two iterations later, where the first is not
+    assert summary.peaks_of([path, other], 2) == pytest.approx([0.55, 0.55])
 
 
 @pytest.mark.parametrize(
