@@ -107,6 +107,7 @@ FACTORS = {
             "cold critic, off": Variant(f"--ppo.critic_init=actor {OFF}"),
             "SGD, global": Variant(SGD, patches=("sgd",)),
             "SGD, off": Variant(f"{SGD} {OFF}", patches=("sgd",)),
+            "SGD, raw x 10, global": Variant(f"{SGD} {RAW}", patches=("scores10", "sgd")),
             "SGD, raw x 10, off": Variant(f"{SGD} {RAW} {OFF}", patches=("scores10", "sgd")),
         }),
     "budget": Factor(
