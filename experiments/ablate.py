@@ -24,7 +24,7 @@ from typing import Sequence
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a file, it imports its neighbours
 
 from experiments.factors import DEFAULT, FACTORS, Factor, Variant
-from experiments.jobs import Job, flag_of, job_of, run_all
+from experiments.jobs import Job, flag_of, job_of, of_other_code, run_all
 from experiments.summary import write_factor
 from run.settings import parse_args
 from train import STAGES
@@ -81,7 +81,12 @@ def main(args: Sequence[str]) -> None:
         raise ValueError(f"{len(failed)} runs failed, the same command tries again; see "
                          + ", ".join(failed))
 
-    # 2. What came out.
+    # 2. What came out. A change of the code, or of a default, changes no folder's name: that a run
+    #    was kept from before must be told.
+    old = of_other_code(last, runs)
+    if old:
+        print(f"{len(old)} runs in {runs} are of other code than this: for runs of this one alone "
+              "give a fresh --runs=DIR")
     command = f"python experiments/ablate.py {shlex.join(args)}"
     minutes = (time.perf_counter() - began) / 60
     for name, factor in factors.items():

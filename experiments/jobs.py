@@ -19,7 +19,7 @@ from typing import Iterable, Sequence
 from tqdm import tqdm
 
 from experiments.factors import Variant
-from experiments.forks import ROOT, apply, copy_code
+from experiments.forks import ROOT, apply, copy_code, sources
 
 # Step -> its stages. A policy is evaluated where it was made; the answers of different runs to the
 # same prompts are paired later.
@@ -165,6 +165,23 @@ def command(job: Job, runs: Path, code: Path) -> list[str]:
     return [*start, str(code / "train.py"), *switches]
 
 
+def code_digest() -> str:
+    """Return a hash of the code that runs consist of."""
+    digest = hashlib.sha256()
+    for path in sources():
+        if path.parts[-2] not in ("tests", "docs", "speed", "benchmarks", "experiments"):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def of_other_code(last: Iterable[Job], runs: Path) -> list[str]:
+    """Return the folders of finished jobs that were run by code, or defaults, that have changed."""
+    now = code_digest()
+    names = {job.name for end in last for job in end.chain if STEPS[job.step]}
+    marks = {name: runs / f"{name}.code" for name in sorted(names)}
+    return [name for name, mark in marks.items() if mark.exists() and mark.read_text() != now]
+
+
 def run_all(last: Iterable[Job], runs: Path, at_once: int) -> list[str]:
     """Run jobs and those before them, several at a time; return a line for each that failed.
 
@@ -212,6 +229,7 @@ def start(job: Job, runs: Path, code: Path) -> subprocess.Popen:
         return subprocess.Popen([sys.executable, "-c", ""])
     # one thread each: several runs on as many cores do not wait for each other
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    (runs / f"{job.name}.code").write_text(code_digest())
     with open(runs / f"{job.name}.log", "a", encoding="utf-8") as log:
         return subprocess.Popen(command(job, runs, code), cwd=code, env=environment, stdout=log,
                                 stderr=subprocess.STDOUT)

@@ -165,3 +165,8 @@ def test_variants_of_ones_own_end_to_end(tmp_path, capsys):
     ablate.main(args)
     again = (tmp_path / "out" / "own.md").read_text()
     assert again == first, "nothing ran again"
+    assert "other code" not in capsys.readouterr().out
+    mark = next((tmp_path / "runs").glob("*-sft-*.code"))
+    mark.write_text("of yesterday")
+    ablate.main(args)
+    assert "1 runs in" in capsys.readouterr().out, "what is kept from other code is told"
