@@ -87,9 +87,12 @@ def main(args: Sequence[str]) -> None:
     if old:
         print(f"{len(old)} runs in {runs} are of other code than this: for runs of this one alone "
               "give a fresh --runs=DIR")
-    command = f"python experiments/ablate.py {shlex.join(args)}"
+    # a factor's own command, whichever others were asked for beside it
+    rest = [arg for arg in args if arg not in FACTORS and arg != "all"]
     minutes = (time.perf_counter() - began) / 60
     for name, factor in factors.items():
+        own = [name, *rest] if name in FACTORS else rest
+        command = f"python experiments/ablate.py {shlex.join(own)}"
         written = write_factor(name, factor, jobs[name], runs, out, command)
         print(f"{name:12} {written}")
     print(f"{minutes:.0f} minutes")
