@@ -3,10 +3,18 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Iterable
 
 from formats.rows import read_bytes
+
+
+def print_any_text() -> None:
+    """Let a terminal, or a pipe, that is not UTF-8 show what it has no letter for as an escape."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def read_json(path: Path) -> dict:

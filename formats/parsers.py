@@ -29,13 +29,30 @@ ROLES = {
     "assistant": "assistant",
     "gpt": "assistant",
     "chatgpt": "assistant",
+    "model": "assistant",
     "raw": "raw",
 }
 DIALOGUES = ("messages", "conversations", "conversation", "items")  # fields that hold one
 REPLIES = ("response", "completion", "answer")                      # fields that hold one response
+SYSTEMS = ("system", "system_prompt")                               # fields with a system text
+PASSAGES = ("context", "passage")       # fields with the text that the question is about
 INPUT = "\n\n### Input:\n"              # joins Alpaca's instruction and input, as in its template
 HH_ANSWER = "\n\nAssistant:"
-TEMPLATE_MARKS = ("### Response:", "[INST]", HH_ANSWER, "ASSISTANT:")
+TEMPLATE_MARKS = ("### Response:", "[INST]", HH_ANSWER, "ASSISTANT:", "<|im_start|>",
+                  "<|start_header_id|>", "<|user|>", "<start_of_turn>")
+
+# Templates whose borders are control tokens, one expression for a turn: role and content. The last
+# turn may be the assistant's without a word, which is where the answer begins.
+MARKED_UP = tuple(re.compile(turn, re.DOTALL) for turn in (
+    r"<\|im_start\|>(\w+)\n(.*?)(?:<\|im_end\|>\n?|\Z)",
+    r"(?:<\|begin_of_text\|>)?<\|start_header_id\|>(\w+)<\|end_header_id\|>\n\n(.*?)"
+    r"(?:<\|eot_id\|>|\Z)",
+    r"<\|(system|user|assistant)\|>\n(.*?)(?:</s>\n?|\Z)",
+    r"(?:<bos>)?<start_of_turn>(\w+)\n(.*?)(?:<end_of_turn>\n?|\Z)",
+))
+ENDS = ("</s>", "<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<|end_of_text|>", "<end_of_turn>",
+        "<eos>")
+END_AS_TEXT = re.compile(rf"(?:\s*(?:{'|'.join(map(re.escape, ENDS))}))+\s*\Z")
 
 
 # ------------------------------------------------------------------------------------------
@@ -75,11 +92,23 @@ def make_example(
     initials = "".join(message.role[0] for message in prompt)  # of "suau": system, user, ...
     if not re.fullmatch("s?u(au)*|r", initials):
         roles = ", ".join(message.role for message in prompt) or "none"
-        rule = "roles must be: system if any, then user and assistant in turn"
-        raise BadRow(rule, f"got {roles}")
+        raise BadRow(roles_fault(initials), "roles must be: system if any, then user and "
+                     f"assistant in turn; got {roles}")
     if not all(message.content.strip() for message in prompt):
         raise BadRow("empty message in the prompt")
     return Example(prompt, tuple(responses), None if ranks is None else tuple(ranks), flaw)
+
+
+def roles_fault(initials: str) -> str:
+    """Say what is wrong with the roles of a dialogue, in the words that reports count."""
+    if not initials:
+        return "no messages"
+    if initials.startswith(("a", "sa")):
+        return "begins with the assistant"
+    doubled = re.search("uu|aa", initials)
+    if doubled:
+        return f"two turns in a row by the {'user' if doubled[0] == 'uu' else 'assistant'}"
+    return "roles out of order"
 
 
 def is_said(message: Message) -> bool:
@@ -104,14 +133,48 @@ def text_prompt(text: str) -> Message:
     return Message("raw", text.rstrip(" ")) if is_raw else Message("user", text)
 
 
+def marked_up(text: str) -> list[Message]:
+    """Return the dialogue of a prompt that is written in ChatML or its kin; [] if it is not.
+
+    Its control tokens are text here, and would stay text: no model reads them so.
+    """
+    for turn in MARKED_UP:
+        found = list(turn.finditer(text))
+        rest = turn.sub("", text)
+        if found and not rest.strip() and all(one[1] in ROLES for one in found):
+            messages = [Message(ROLES[one[1]], one[2]) for one in found]
+            if messages[-1].role == "assistant" and not messages[-1].content.strip():
+                messages.pop()
+            return messages
+    return []
+
+
+def system_of(row: Row) -> list[Message]:
+    """{system? | system_prompt?}."""
+    return [Message("system", get_optional(row, name)) for name in SYSTEMS if name in row]
+
+
+def passage_of(row: Row) -> str:
+    """{context? | passage?}."""
+    return "\n\n".join(text for text in (get_optional(row, name) for name in PASSAGES) if text)
+
+
+def with_passage(row: Row, message: Message) -> Message:
+    """Put the passage that a question is about in front of it."""
+    passage = passage_of(row)
+    if not passage:
+        return message
+    return Message(message.role, f"{passage}\n\n{message.content}")
+
+
 def alpaca_prompt(row: Row) -> list[Message]:
-    """{instruction, input?, system?, history?: [[user, assistant], ...]}."""
+    """{instruction, input? | context?, system?, history?: [[user, assistant], ...]}."""
     instruction = get(row, "instruction")
-    extra = get_optional(row, "input")
+    extra = "\n\n".join(text for text in (get_optional(row, "input"), passage_of(row)) if text)
     if not instruction.strip():
         raise BadRow("field 'instruction' is empty")
 
-    turns = [Message("system", get_optional(row, "system"))]
+    turns = system_of(row)
     for pair in row.get("history") or []:
         if not isinstance(pair, list) or [type(text) for text in pair] != [str, str]:
             raise BadRow("field 'history' must be a list of [user, assistant] strings")
@@ -121,21 +184,28 @@ def alpaca_prompt(row: Row) -> list[Message]:
 
 
 def any_prompt(row: Row) -> list[Message]:
-    """{prompt: text | messages} | {instruction, ...} | {question} | {messages | ..., system?}.
+    """{prompt: text | messages} | {instruction, ...} | {question} | {messages | ...}.
 
-    Returns [] if there is none of them: HH-RLHF has the prompt inside its responses.
+    Each with system? | system_prompt? and context? | passage? beside it. Returns [] if there is
+    none of them: HH-RLHF has the prompt inside its responses.
     """
-    if "prompt" in row:
-        is_list = isinstance(row["prompt"], list)
-        return parse_messages(row, "prompt") if is_list else [text_prompt(get(row, "prompt"))]
-    if "instruction" in row:
+    if "instruction" in row and "prompt" not in row:
         return alpaca_prompt(row)
-    if "question" in row:
-        return [Message("user", get(row, "question"))]
-    for name in DIALOGUES:
+    for name in ("prompt", "question", *DIALOGUES):
         if name in row:
-            return [Message("system", get_optional(row, "system")), *parse_messages(row, name)]
+            is_list = name in DIALOGUES or name == "prompt" and isinstance(row[name], list)
+            turns = parse_messages(row, name) if is_list else prompt_turns(get(row, name), name)
+            if turns and turns[-1].role == "user":
+                turns[-1] = with_passage(row, turns[-1])
+            return [*system_of(row), *turns]
     return []
+
+
+def prompt_turns(text: str, name: str) -> list[Message]:
+    """Return the turns of a prompt that is one text."""
+    if name == "question":
+        return [Message("user", text)]
+    return marked_up(text) or [text_prompt(text)]
 
 
 def read_reply(prompt: list[Message], row: Row, name: str) -> tuple[list[Message], str]:
@@ -285,23 +355,26 @@ def parse_instances(row: Row) -> Iterator[Example]:
 
 def parse_dialogue(row: Row) -> Iterator[Example]:
     """{messages | conversations | conversation | items: [...], system?, label?}."""
-    # ShareGPT's and OpenAI's. The label is KTO's: false marks an answer that nobody should imitate.
-    flaw = "marked as undesirable (label: false)" if row.get("label") is False else ""
-
-    # Only these fields: a prompt beside the messages, which some sets have, repeats their start.
-    dialogue = {name: row[name] for name in row if name in (*DIALOGUES, "system")}
-    yield split_answer(any_prompt(dialogue), flaw)
+    # ShareGPT's and OpenAI's. Only these fields: a prompt beside the messages, which some sets
+    # have, repeats their start.
+    dialogue = {name: row[name] for name in row if name in (*DIALOGUES, *SYSTEMS)}
+    yield split_answer(any_prompt(dialogue), flaw_of(row))
 
 
 def parse_prompt_response(row: Row) -> Iterator[Example]:
-    """{prompt: text | messages, response? | completion? | answer?} | {question, answer?}."""
+    """{prompt: text | messages, response? | completion? | answer?, label?} | {question, ...}."""
     prompt = any_prompt(row)
     replies = [name for name in REPLIES if name in row]
     if replies:
         turns, response = read_reply(prompt, row, replies[0])
-        yield make_example(turns, [response])
+        yield make_example(turns, [response], flaw=flaw_of(row))
     else:
         yield split_answer(prompt)
+
+
+def flaw_of(row: Row) -> str:
+    """{label?: boolean}: KTO's. False marks an answer that nobody should imitate."""
+    return "marked as undesirable (label: false)" if row.get("label") is False else ""
 
 
 # ------------------------------------------------------------------------------------------
@@ -347,6 +420,6 @@ def parse_example(row: Row) -> Iterator[Example]:
 def prompt_field(messages: Messages) -> str | list[dict[str, str]]:
     """Return what a field "prompt" says that `any_prompt` reads as these messages."""
     first, *others = messages
-    if not others and first == text_prompt(first.content):
+    if not others and [first] == prompt_turns(first.content, "prompt"):
         return first.content
     return [{"role": message.role, "content": message.content} for message in messages]

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable, Iterator, Sequence
 
-from formats.parsers import TEMPLATE_MARKS, Example, parse_example
+from formats.parsers import END_AS_TEXT, TEMPLATE_MARKS, Example, contradict, parse_example
 from formats.records import (
     BadRow,
     Dialogue,
@@ -16,7 +16,7 @@ from formats.records import (
     Report,
     Uninformative,
 )
-from formats.rows import parse_row, read_rows
+from formats.rows import Watched, parse_row, read_rows
 
 Make = Callable[[Example, str], Record]     # (example, source) -> the record of one stage
 
@@ -30,6 +30,8 @@ def to_dialogue(example: Example, source: str) -> Dialogue:
         raise Uninformative(example.flaw)
     if example.ranks is not None:
         raise BadRow("a comparison, not a demonstration; it serves the reward model")
+    if not example.responses and any(turn.role == "assistant" for turn in example.prompt):
+        return Dialogue(example.prompt[:-1], source)  # it ends with a question: without that one
     if not example.responses:
         raise BadRow("no answer to learn from: no field has it, or the dialogue ends with the user")
     if len(example.responses) > 1:
@@ -74,8 +76,23 @@ def to_prompt(example: Example, source: str) -> Prompt:
 # ------------------------------------------------------------------------------------------
 # Files
 
-def notes_on(record: Record) -> Iterator[str]:
-    """Yield what a reader of the report should know about a record that is kept."""
+def without_ends(example: Example) -> Example:
+    """Take control tokens that stand as text at the end of answers off: they would stay text."""
+    prompt = tuple(Message(turn.role, END_AS_TEXT.sub("", turn.content))
+                   if turn.role == "assistant" else turn for turn in example.prompt)
+    responses = tuple(END_AS_TEXT.sub("", text) for text in example.responses)
+    return example._replace(prompt=prompt, responses=responses)
+
+
+def notes_on(record: Record, example: Example, given: Example) -> Iterator[str]:
+    """Yield what a reader of the report should know about a record that is kept.
+
+    given: the example as the file has it.
+    """
+    if example != given:
+        yield "with a control token as text at the end of an answer, taken off"
+    if isinstance(record, Dialogue) and not example.responses:
+        yield "ends with the user: its last question left out"
     texts = [message.content for message in record.messages]
     if record.messages[0].role == "raw":
         yield "already in a template, left as they are"
@@ -94,7 +111,10 @@ def read_file(path: str | Path, make: Make, skip_bad: bool) -> tuple[list[Any], 
     report = Report()
     for source, raw in read_rows(path):
         try:
-            made = [make(example, source) for example in parse_example(parse_row(raw))]
+            row = Watched(parse_row(raw))
+            given = list(parse_example(row))
+            examples = [without_ends(example) for example in given]
+            made = [make(example, source) for example in examples]
         except Uninformative as reason:
             report.skip(str(reason), source)
         except BadRow as fault:
@@ -104,12 +124,13 @@ def read_file(path: str | Path, make: Make, skip_bad: bool) -> tuple[list[Any], 
             report.skip(fault.reason, source)
         else:
             records += made
-
-    # One row may give several records (self-instruct's instances): those are counted.
-    for record in records:
-        report.keep()
-        for note in notes_on(record):
-            report.note(note, record.source)
+            for name in row.unread_texts:
+                report.note(f"with a text that nothing here reads, '{name}'", source)
+            # One row may give several records (self-instruct's instances): those are counted.
+            for record, example, as_given in zip(made, examples, given):
+                report.keep()
+                for note in notes_on(record, example, as_given):
+                    report.note(note, source)
     report.require_rows(str(path), "check that the file suits this stage")
     return records, report
 
@@ -127,12 +148,30 @@ def read_files(
 
     # Duplicates stay: to repeat a row is a common way to give it weight. But it is said.
     seen: set[Record] = set()
+    judged: dict[Any, Any] = {}
     for record in records:
         content = replace(record, source="")
         if content in seen:
             total.note("exact duplicates", record.source)
+        elif disagrees(record, judged):
+            total.note("contradict another row", record.source)
         seen.add(content)
     return records, total
+
+
+def disagrees(record: Record, judged: dict[Any, Any]) -> bool:
+    """Whether a row says the opposite of an earlier one: of the same responses, or of an answer.
+
+    judged: what the rows before it said; this one's word is added.
+    """
+    if isinstance(record, Ranking):
+        order = dict(zip(record.responses, record.ranks))
+        key = (record.messages, tuple(sorted(order)))
+        ranks = [order[text] for text in sorted(order)]
+        return contradict(judged.setdefault(key, ranks), ranks)
+    if isinstance(record, Prompt) and record.answer is not None:
+        return judged.setdefault(record.messages, record.answer) != record.answer
+    return False
 
 
 def read_dialogues(

@@ -1,14 +1,20 @@
-"""Files to rows: JSON arrays and JSON lines, plain or gzipped, checked for JSON's own traps."""
+"""Files to rows: JSON arrays, JSON lines and CSV, plain or packed, checked for JSON's own traps."""
 from __future__ import annotations
 
+import bz2
 import codecs
+import csv
 import gzip
+import io
 import json
+import lzma
 import math
+import re
+import zipfile
 import zlib
 from collections import Counter
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator
 
 from formats.records import BadRow
 
@@ -51,14 +57,47 @@ def load_json(content: bytes) -> Any:
     return json.loads(content.decode("utf-8"), object_pairs_hook=unique_keys)
 
 
+def unzip(content: bytes) -> bytes:
+    """Return the one file in a zip archive."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        names = [name for name in archive.namelist() if not name.endswith("/")]
+        if len(names) != 1:
+            raise NotImplementedError(f"holds {len(names)} files; unpack it, give those you want")
+        if archive.getinfo(names[0]).flag_bits & 1:
+            raise NotImplementedError("needs a password; unpack it")
+        return archive.read(names[0])
+
+
+# How a packed file begins -> its kind, and what unpacks it.
+PACKED: dict[bytes, tuple[str, Callable[[bytes], bytes]]] = {
+    b"\x1f\x8b": ("gzip", gzip.decompress),
+    b"\xfd7zXZ\x00": ("xz", lzma.decompress),
+    b"BZh": ("bzip2", bz2.decompress),
+    b"PK\x03\x04": ("zip", unzip),
+}
+
+
+def unpack(path: str | Path, content: bytes) -> bytes:
+    """Return a file's content as it was before it was packed; ValueError names the file."""
+    for start, (kind, unpacked) in PACKED.items():
+        if content.startswith(start):
+            try:
+                return unpacked(content)
+            except NotImplementedError as error:
+                raise ValueError(f"{path}: a {kind} file that {error}") from None
+            except (EOFError, OSError, ValueError, zlib.error, lzma.LZMAError,
+                    zipfile.BadZipFile) as error:
+                raise ValueError(f"{path}: damaged {kind} file ({error}); fetch it again") from None
+    if content.startswith(b"PAR1"):
+        raise ValueError(f"{path}: a Parquet file; convert it to JSON lines, with pandas: pandas."
+                         "read_parquet(FILE).to_json(NEW, orient='records', lines=True)")
+    return content
+
+
 def read_bytes(path: str | Path) -> bytes:
-    """Return a file's content, unzipped, without byte order mark; ValueError names the file."""
+    """Return a file's content, unpacked, without byte order mark; ValueError names the file."""
     try:
-        content = Path(path).read_bytes()
-        if content.startswith(b"\x1f\x8b"):
-            content = gzip.decompress(content)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path}: damaged gzip file ({error}); fetch it again") from None
+        content = unpack(path, Path(path).read_bytes())
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}; check the path") from None
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -86,7 +125,7 @@ def load_whole(path: str | Path, content: bytes) -> Any:
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[str, Any]]:
-    """Yield (source, row) of an array, of {"data": [...]} or {"examples": [...]}, or of JSON lines.
+    """Yield (source, row) of an array, of {"data": [...]} or {"examples": [...]}, of lines or CSV.
 
     A line stays bytes until `parse_row`, so that a broken line is one bad row and not a bad file.
     """
@@ -99,14 +138,70 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, Any]]:
             yield f"{path}:row {number}", row
         return
 
+    delimiter = csv_delimiter(content)
+    if delimiter:
+        yield from csv_rows(path, content, delimiter)
+        return
+
     # At "\n" alone: other separators that Python knows (U+2028, form feed) may stand in a text.
     for number, line in enumerate(content.split(b"\n"), 1):
         if line.strip():
             yield f"{path}:{number}", line
 
 
+class Cells(list):
+    """A row of CSV that has more or fewer cells than the header."""
+
+
+def csv_delimiter(content: bytes) -> str:
+    """Return what parts the columns, if the first line names them as CSV does; "" if it is JSON."""
+    header = content.lstrip().split(b"\n")[0].decode("utf-8", "replace").strip()
+    for delimiter in (",", "\t"):
+        names = next(csv.reader([header], delimiter=delimiter), [])
+        if len(names) > 1 and all(re.fullmatch(r"[A-Za-z_][\w .-]*", name) for name in names):
+            return delimiter
+    return ""
+
+
+def csv_rows(path: str | Path, content: bytes, delimiter: str) -> Iterator[tuple[str, Any]]:
+    """Yield (source, row) of CSV with a header; a row of other than its columns is a bad one."""
+    csv.field_size_limit(2 ** 31 - 1)
+    lines = io.StringIO(content.decode("utf-8", "surrogateescape"), newline="")
+    reader = csv.reader(lines, delimiter=delimiter)
+    header = next(reader)
+    try:
+        for cells in reader:
+            whole = dict(zip(header, cells)) if len(cells) == len(header) else Cells(cells)
+            if cells:
+                yield f"{path}:{reader.line_num}", whole
+    except csv.Error as error:
+        raise ValueError(f"{path}:{reader.line_num}: broken CSV ({error})") from None
+
+
 # ------------------------------------------------------------------------------------------
 # Rows
+
+class Watched(dict):
+    """A row that remembers which of its fields were read."""
+
+    def __init__(self, row: Row) -> None:
+        super().__init__(row)
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self.read.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.read.add(name)
+        return super().get(name, default)
+
+    @property
+    def unread_texts(self) -> list[str]:
+        """The fields with text in them that nobody asked for."""
+        return [name for name, value in self.items()
+                if name not in self.read and isinstance(value, str) and value.strip()]
+
 
 def check_values(value: Any) -> None:
     """Raise BadRow for what json lets through and what would surface far from here.
@@ -132,18 +227,43 @@ def check_values(value: Any) -> None:
         check_values(part)
 
 
+# Encoding -> what a text that was written in it consists of, beside ASCII. In order: single letters
+# between ASCII ones, words of Cyrillic, Chinese with its punctuation.
+ENCODINGS = {
+    "CP1252": r"(?:[\x00-\x7f]|(?<![^\x00-\x7f])[\u00c0-\u00ff])+",
+    "CP1251": r"[\x00-\x7f\u0401\u0410-\u044f\u0451\u00ab\u00bb\u2014]+",
+    "GB18030": r"[\x00-\x7f\u4e00-\u9fff\u3000-\u303f\uff00-\uffef\u2014\u201c\u201d]+",
+}
+
+
+def guess_encoding(line: bytes) -> str:
+    """Return advice if a line reads well in an encoding of old; "" if in none."""
+    for name, letters in ENCODINGS.items():
+        try:
+            text = line.decode(name)
+        except UnicodeDecodeError:
+            continue
+        if re.fullmatch(letters, text):
+            return (f"; it reads as {name}, so if the whole file is: "
+                    f"iconv -f {name} -t UTF-8 FILE > NEW")
+    return ""
+
+
 def parse_row(raw: Any) -> Row:
     """Return a row as an object whose values are all sound; raw: bytes of a line, or a value."""
     if isinstance(raw, bytes):
         try:
             raw = load_json(raw)
         except UnicodeDecodeError as error:
-            raise BadRow("not UTF-8", f"byte {error.start + 1} of the line") from None
+            raise BadRow("not UTF-8", f"byte {error.start + 1} of the line"
+                         f"{guess_encoding(raw)}") from None
         except json.JSONDecodeError as error:
             raise BadRow("broken JSON", f"column {error.colno}: {error.msg}") from None
         except (ValueError, RecursionError) as error:
             raise BadRow("broken JSON", error) from None
     check_values(raw)
+    if isinstance(raw, Cells):
+        raise BadRow("not as many cells as the header has columns", f"got {len(raw)}")
     if not isinstance(raw, dict):
         raise BadRow("not a JSON object", f"got {kind_of(raw)}")
     return raw
