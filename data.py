@@ -13,24 +13,28 @@ Three rules hold for every stage:
 from __future__ import annotations
 
 import bisect
+import math
 import random
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Callable, Iterable, NamedTuple, Sequence
+from typing import NamedTuple, Sequence
 
-import sentencepiece
 import torch
 from torch import Tensor
 
 from formats import Dialogue, Message, Messages, Prompt, Ranking, Report, Uninformative
 from formats.parsers import INPUT
+from text.chat_template import recognise
+from text.templates import (AUTO, EOS, TEMPLATES, Control, choose_template, control_id, end_ids,
+                            split_system, template_for, trimmed)
+from text.tokenizer import Tokenizer, open_file
 from weights import read_config
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    template: str = "plain"             # how a dialogue becomes text: see TEMPLATES in data.py
+    template: str = "plain"             # how a dialogue becomes text: see text/templates.py
     max_prompt_tokens: int = 96         # a longer PPO prompt is refused, or left out with skip_bad
     max_response_tokens: int = 44       # responses end here; SFT trains on at most the sum of both
     skip_bad: bool = False              # leave out and count bad rows and overlong prompts
@@ -39,192 +43,35 @@ class DataConfig:
 # ------------------------------------------------------------------------------------------
 # Tokenizer
 
-class Tokenizer:
-    """A sentencepiece model as LLaMA uses it.
-
-    path: the file.   processor: the sentencepiece model itself.   vocab_size: pieces.
-    bos_id, eos_id: control ids, which `encode` never returns.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        """Open a tokenizer.model, or the one in a folder; ValueError if it cannot serve."""
-        self.path = find_tokenizer(Path(path))
-        try:
-            self.processor = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
-        except (OSError, RuntimeError):
-            fault = "not a sentencepiece model; give LLaMA's tokenizer.model"
-            raise ValueError(f"{self.path}: {fault}") from None
-        self.vocab_size: int = self.processor.vocab_size()
-        self.bos_id: int = self.processor.bos_id()
-        self.eos_id: int = self.processor.eos_id()
-        if min(self.bos_id, self.eos_id) < 0:
-            raise ValueError(f"{self.path}: has no bos or no eos piece; train it with both")
-
-        # Templates are made of lines. A tokenizer that reads "\n" as nothing (sentencepiece's own
-        # default normalization) or as unknown would run them together without a message.
-        self._newline = self.encode("\n")
-        if not self._newline or self.processor.unk_id() in self._newline:
-            advice = ("train it with normalization_rule_name=identity and byte_fallback, or with a "
-                      "newline among its user_defined_symbols")
-            raise ValueError(f"{self.path}: has no piece for a newline; {advice}")
-
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of a text that opens a sequence, without BOS and EOS."""
-        # sentencepiece puts a space in front, the dummy prefix: "Hello" at the beginning of a text
-        # has the ids that " Hello" has further on.
-        return self.processor.encode(text)
-
-    def encode_segment(self, text: str) -> list[int]:
-        """Return the ids of a text that continues the one before it: without the dummy prefix."""
-        # sentencepiece has no switch for this. A newline in front takes the prefix upon itself and
-        # does not merge with what follows; then prefix and newline come off again together.
-        ids = self.processor.encode("\n" + text)
-        if ids[:len(self._newline)] != self._newline:
-            advice = "train it with a newline piece that stays alone"
-            raise ValueError(f"{self.path}: merges a newline with the text after it; {advice}")
-        return ids[len(self._newline):]
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of ids that open a sequence; control ids have none."""
-        # Embeddings are often padded to a round number of rows. A policy can sample a row beyond
-        # the vocabulary, which has no text either and would be an IndexError here.
-        return self.processor.decode([i for i in ids if 0 <= i < self.vocab_size])
-
-    def decode_segment(self, ids: Iterable[int]) -> str:
-        """Return the text of ids that continue others: the inverse of `encode_segment`."""
-        # `decode` alone would take a leading space for the dummy prefix and drop it. As above, a
-        # newline in front is what takes the prefix upon itself.
-        return self.decode([*self._newline, *ids]).removeprefix("\n")
-
-
-def find_tokenizer(path: Path) -> Path:
-    """Return the file itself, or a model folder's; ValueError if there is none."""
-    file = path / "tokenizer.model" if path.is_dir() else path
-    if not file.exists() and (path / "params.json").exists():
-        # Meta's download: one tokenizer beside the folders of all model sizes.
-        file = path.parent / "tokenizer.model"
-    if not file.is_file():
-        advice = "give a sentencepiece tokenizer.model or the folder that holds one"
-        raise ValueError(f"{file}: no such file; {advice}")
-    return file
-
-
-def open_tokenizer(path: Path) -> Tokenizer:
-    """Open a model folder's tokenizer; ValueError if the two do not belong together."""
+def open_tokenizer(path: str | Path) -> Tokenizer:
+    """Open a tokenizer file, or a model folder's; ValueError if the two do not belong together."""
+    path = Path(path)
     if (path / "metrics.jsonl").exists():
         advice = f"name one in it, such as {path / 'ppo'}"
         raise ValueError(f"{path}: the folder of a run, not of a model: {advice}")
-    embeddings = read_config(path).vocab_size
-    tokenizer = Tokenizer(path)
+    embeddings = math.inf if path.is_file() else read_config(path).vocab_size
+    tokenizer = open_file(path)
+    tokenizer.own = recognise(tokenizer, tokenizer.path.parent)
 
     # Fewer pieces than embeddings are fine, those are padded. More would index past the table: on
     # a GPU that is an assertion somewhere in a kernel, long after its cause.
-    if tokenizer.vocab_size > embeddings:
+    if max(tokenizer.vocab_size, *(i + 1 for i in tokenizer.eos_ids)) > embeddings:
         raise ValueError(
             f"{path}: the tokenizer has {tokenizer.vocab_size} pieces, the model only {embeddings} "
             "embeddings: give it the tokenizer it was trained with, or resize it (transformers: "
             "resize_token_embeddings)"
         )
+    # A pad token that nobody uses need not have a row; who asks for it is told by name.
+    tokenizer.controls = {name: i for name, i in tokenizer.controls.items() if i < embeddings}
     return tokenizer
-
-
-# ------------------------------------------------------------------------------------------
-# Templates
-#
-# A dialogue as the model reads it, <s> for BOS and </s> for EOS, trained on where it is underlined:
-#
-#     plain     <s>question\nanswer</s>\nquestion\nanswer</s>
-#                            ----------            ----------
-#     llama2    <s>[INST] question [/INST] answer </s><s>[INST] question [/INST] answer </s>
-#                                         ------------                          ------------
-#
-# In the parts of a Template, llama2's turn is "[INST] question [/INST]", its `before` and its
-# `after` are a space each, and it restarts. The answer's ids include `before`, `after` and EOS.
-# A new template is its turn function and its line in TEMPLATES.
-
-class Template(NamedTuple):
-    """How a dialogue becomes text.
-
-    turn(system, user, is_first): all text between the end of one answer and the start of the next.
-    """
-    turn: Callable[[str, str, bool], str]
-    before: str = ""                    # between that text and the answer, encoded with the answer
-    after: str = ""                     # between the answer and EOS
-    restarts: bool = False              # every turn is a sequence of its own, with BOS
-
-
-def alpaca_turn(system: str, user: str, is_first: bool) -> str:
-    """Stanford Alpaca's wording, with a newline after "Response:"."""
-    # The newline is a border that no token crosses. The original has one turn and no system text:
-    # here a system text replaces its preamble, and further turns repeat the rest.
-    context = ", paired with an input that provides further context" if INPUT in user else ""
-    preamble = system or (f"Below is an instruction that describes a task{context}. "
-                          "Write a response that appropriately completes the request.")
-    return f"{preamble if is_first else ''}\n\n### Instruction:\n{user}\n\n### Response:\n"
-
-
-def llama2_turn(system: str, user: str, is_first: bool) -> str:
-    """Llama-2 chat, as in Meta's generation.py."""
-    # Meta strips the two texts together: spaces before the user's words stay after a system text.
-    system = f"<<SYS>>\n{system}\n<</SYS>>\n\n" if system else ""
-    return f"[INST] {(system + user).strip()} [/INST]"
-
-
-def vicuna_turn(system: str, user: str, is_first: bool) -> str:
-    """Vicuna v1.1, as in FastChat's conversation.py."""
-    preamble = system or (
-        "A chat between a curious user and an artificial intelligence assistant. The assistant "
-        "gives helpful, detailed, and polite answers to the user's questions."
-    )
-    return f"{preamble + ' ' if is_first else ''}USER: {user} ASSISTANT:"
-
-
-def plain_turn(system: str, user: str, is_first: bool) -> str:
-    """The texts alone, each on lines of its own."""
-    # For models from scratch, the embedded world's: they know no wording that would tell them what
-    # a turn is, so a newline serves as well and costs one token.
-    start = "" if is_first else "\n"
-    return start + (system + "\n" if system else "") + user + "\n"
-
-
-# The keys are the values of --data.template.
-#
-# Meta's code ends every finished turn with a space before EOS. So that space ends every llama2
-# answer here, the last and the ranked ones included: one habit for the policy to learn, whether or
-# not another turn follows.
-TEMPLATES = {
-    "alpaca": Template(alpaca_turn),
-    "llama2": Template(llama2_turn, before=" ", after=" ", restarts=True),
-    "vicuna": Template(vicuna_turn, before=" "),
-    "plain": Template(plain_turn),
-}
-
-
-def template_for(name: str, messages: Sequence[Message]) -> Template:
-    """Return the named template, or for a raw prompt one that leaves it as it is."""
-    # The name is checked for a raw prompt as well: a misspelt one should not wait for another row.
-    if name not in TEMPLATES:
-        raise ValueError(f"unknown template '{name}'; choose one of {', '.join(TEMPLATES)}")
-    if not messages or messages[0].role != "raw":
-        return TEMPLATES[name]
-
-    # "... Assistant:" is followed by a space and the answer, a line "### Response:" by the answer.
-    ends_a_line = messages[0].content.endswith("\n")
-    return Template(lambda system, user, is_first: user, before="" if ends_a_line else " ")
 
 
 # ------------------------------------------------------------------------------------------
 # Messages to tokens and back
 
-def split_system(messages: Sequence[Message]) -> tuple[Messages, Messages]:
-    """Return the system message, if there is one, and all others."""
-    n_system = 1 if messages[0].role == "system" else 0
-    return tuple(messages[:n_system]), tuple(messages[n_system:])
-
-
 def encode_response(tokenizer: Tokenizer, text: str, template: str,
                     prompt: Sequence[Message] = ()) -> list[int]:
-    """Return the ids of a response as they follow its prompt's, EOS included.
+    """Return the ids of a response as they follow its prompt's, its EOS (or other end) included.
 
     prompt: the messages before it. They matter only if they are a raw prompt.
     """
@@ -232,12 +79,12 @@ def encode_response(tokenizer: Tokenizer, text: str, template: str,
 
     # Where a space parts prompt and response, there is just that one: a second one would make
     # other tokens of the first word than the policy has learned to begin with.
-    if style.before:
-        text = text.strip()
+    if style.before or style.trims:
+        text = trimmed(text)
 
-    # An empty response is its EOS alone, in every template.
+    # An empty response is its end alone, in every template.
     segment = style.before + text + style.after if text else ""
-    return [*tokenizer.encode_segment(segment), tokenizer.eos_id]
+    return [*tokenizer.encode_segment(segment), control_id(tokenizer, style.end or EOS)]
 
 
 def decode_response(tokenizer: Tokenizer, ids: Sequence[int], template: str,
@@ -251,7 +98,7 @@ def decode_response(tokenizer: Tokenizer, ids: Sequence[int], template: str,
 
     # `after` belongs to the end of an answer. One that was cut off has not come to it, so a space
     # where it stops is a space of its own.
-    is_finished = len(ids) > 0 and ids[-1] == tokenizer.eos_id
+    is_finished = len(ids) > 0 and ids[-1] in end_ids(tokenizer, template)
     return text.removesuffix(style.after) if is_finished else text
 
 
@@ -270,19 +117,35 @@ def encode_dialogue(tokenizer: Tokenizer, messages: Sequence[Message],
         if is_answer:
             part = encode_response(tokenizer, message.content, template, messages)
         else:
-            system_text = system[0].content if system and is_first else ""
-            text = style.turn(system_text, message.content, is_first)
-            if is_first or style.restarts:
-                part = [tokenizer.bos_id, *tokenizer.encode(text)]
-            else:
-                part = tokenizer.encode_segment(text)
+            told = system[0].content if system else default_system(tokenizer, template, messages)
+            parts = style.turn_parts(told if is_first else "", message.content, is_first)
+            part = encode_parts(tokenizer, parts, is_first or style.restarts, style.opens)
         ids += part
         trained += [is_answer] * len(part)
     return ids, trained
 
 
+def default_system(tokenizer: Tokenizer, template: str, messages: Sequence[Message]) -> str:
+    """Return what the checkpoint's own template tells a dialogue that has no system text."""
+    is_own = template == tokenizer.own.name and messages[0].role != "raw"
+    return tokenizer.own.system if is_own else ""
+
+
+def encode_parts(tokenizer: Tokenizer, parts: Sequence[str], begins: bool,
+                 opens: bool) -> list[int]:
+    """Return the ids of texts and control tokens. begins: a sequence, with BOS if it opens so."""
+    ids = list(tokenizer.opening) if begins and opens else []
+    for n, part in enumerate(parts):
+        if isinstance(part, Control):
+            ids.append(control_id(tokenizer, part))
+        else:
+            # only the very first text of a sequence is one that opens it
+            ids += (tokenizer.encode if begins and n == 0 else tokenizer.encode_segment)(part)
+    return ids
+
+
 def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message], template: str) -> list[int]:
-    """Return the ids the policy sees when it starts to answer, BOS included."""
+    """Return the ids that the policy sees when it starts to answer, BOS included."""
     ids, _ = encode_dialogue(tokenizer, messages, template)
     return ids
 

@@ -15,7 +15,6 @@ A model is a name with an answer to every prompt, and every answer has values: "
 decides who wins, and whatever else its judge measures. Prompts without a task are the domain
 itself; the others belong to a general task, which must not get worse.
 """
-
 from __future__ import annotations
 
 import argparse
@@ -34,7 +33,7 @@ from evaluation.head_to_head import contest_text, read_judgments, to_judge, writ
 from evaluation.report import calibration_text
 from evaluation.statistics import SHARES, calibration, change_interval, contest, mean, prefer
 from formats import Prompt
-from formats.files import write_jsonl
+from formats.files import print_any_text, write_jsonl
 from model import ScalarModel
 
 # The embedded world's judge: a reward-function file like a user's own.
@@ -347,4 +346,5 @@ def main(args: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+    print_any_text()
     main(sys.argv[1:])

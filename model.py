@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# how a token is drawn, and noise, under this module's name too: model.derive, model.choose ...
+# positions; how a token is drawn, and noise: under this module's name too, model.derive ...
+from rotary import Rope, rope_table, rotate
 from sampling import Generation, check_lengths, choose, derive, filter_logits, row_uniforms
 
 Mask = Tensor | None                       # (B, T) bool; what None means, each docstring says
-Rope = tuple[Tensor, Tensor]               # cos, sin of rotary angles, (B or 1, T, 1, E/2) each
+Ends = int | Sequence[int] | None          # what ends an answer
 Stop = Callable[[list[int]], bool] | None  # is an answer over with these tokens?
 
 
@@ -55,17 +56,26 @@ class ModelConfig:
     rope_theta: float = 10000.0
     tie_embeddings: bool = False
     rope_scaling: float = 1.0  # positions are divided by it (linear scaling, Chen et al. 2023)
+    rope_llama3: tuple[float, float, int] | None = None  # low, high, context: see rope_table
+    head_dim: int | None = None  # E; None: D / H
+    qkv_bias: bool = False       # as Qwen 2 has them
+    out_bias: bool = False       # attention's output projection has one, too
 
     def __post_init__(self) -> None:
         for name in (field.name for field in fields(self) if field.type in ("int", "float")):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not value > 0:
                 raise ValueError(f"{name}={value!r} must be positive and a number")
-        if self.dim % (2 * self.n_heads):  # rotary angles turn pairs within a head
+        # rotary angles turn pairs within a head
+        if self.head_size % 2 or self.dim % self.n_heads and not self.head_dim:
             raise ValueError(f"dim={self.dim} must be a multiple of 2 * n_heads={2 * self.n_heads}")
         if self.n_heads % self.n_kv_heads:  # each kv head serves equally many query heads
             raise ValueError(f"n_heads={self.n_heads} must be a multiple of "
                              f"n_kv_heads={self.n_kv_heads}")
+
+    @property
+    def head_size(self) -> int:
+        return self.head_dim or self.dim // self.n_heads
 
 
 class Grid(NamedTuple):
@@ -117,28 +127,6 @@ class Cache:
         self.values = self.values[rows]
 
 
-def rope_table(positions: Tensor, config: ModelConfig) -> Rope:
-    """Return cos and sin of the rotary angles, (..., 1, E/2) float32, at positions (...) int64.
-
-    Source: Su et al. 2021, eq. 34, with the halves of E as pairs (Hugging Face's weight layout).
-    """
-    # Computed from the config at every forward rather than kept as a buffer: a buffer is garbage
-    # after meta-device construction and is cast to bfloat16 by mixed precision.
-    size = config.dim // config.n_heads
-    exponent = torch.arange(0, size, 2, dtype=torch.float32, device=positions.device) / size
-    periods = config.rope_scaling * config.rope_theta ** exponent  # (E/2,), tokens per radian
-    angles = positions[..., None, None].float() / periods          # (..., 1, E/2), for any head
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Rotate queries or keys, (B, T, heads, E), by their positions."""
-    cos, sin = rope
-    # in float32, as the angles are: rounded to bfloat16, neighbouring positions would blur
-    a, b = x.float().chunk(2, dim=-1)  # (B, T, heads, E/2) each: pair i is (a[i], b[i])
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
-
-
 class RMSNorm(nn.Module):
     """Root-mean-square norm, computed in float32 (Zhang and Sennrich 2019)."""
 
@@ -159,11 +147,12 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = config.n_heads
         self.kv_heads = config.n_kv_heads
-        self.size = config.dim // config.n_heads
-        self.q_proj = nn.Linear(config.dim, self.heads * self.size, bias=False)
-        self.k_proj = nn.Linear(config.dim, self.kv_heads * self.size, bias=False)
-        self.v_proj = nn.Linear(config.dim, self.kv_heads * self.size, bias=False)
-        self.o_proj = nn.Linear(self.heads * self.size, config.dim, bias=False)
+        self.size = config.head_size
+        width, kv_width = self.heads * self.size, self.kv_heads * self.size
+        self.q_proj = nn.Linear(config.dim, width, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.dim, kv_width, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.dim, kv_width, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(width, config.dim, bias=config.out_bias)
 
     def forward(self, x: Tensor, rope: Rope, grid: Grid, cache: Cache | None) -> Tensor:
         """Mix packed states, (N, D), along their rows; later tokens find theirs in the cache."""
@@ -408,11 +397,11 @@ class Step(NamedTuple):
 @torch.no_grad()
 def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int,
              temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
-             eos_id: int | None = None, seed: int = 0, rows: Sequence[int] | None = None,
+             eos_id: Ends = None, seed: int = 0, rows: Sequence[int] | None = None,
              batch_size: int = 1024, stop: Stop = None) -> Generation:
     """Continue every prompt until its EOS or max_new_tokens.
 
-    temperature: 0.0 is greedy.   eos_id: None never stops.
+    temperature: 0.0 is greedy.   eos_id: one id or several; None never stops.
     rows: global index of each prompt (default 0..B-1): the noise of a row depends on (seed, its
         index), so neither batch nor rank count changes a sample.
     batch_size: prompts generated at once, which bounds the cache's memory.
@@ -436,11 +425,12 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int,
 
 
 def generation_steps(model: Transformer, prompts: list[list[int]], max_new_tokens: int,
-                     temperature: float, top_k: int, top_p: float, eos_id: int | None,
+                     temperature: float, top_k: int, top_p: float, eos_id: Ends,
                      noise: Tensor, stop: Stop = None) -> Iterator[Step]:
     """Yield token after token of all prompts; noise: (B, max_new_tokens) float32 in [0, 1)."""
     device = model.lm_head.weight.device
     noise = noise.to(device)
+    ends = None if eos_id is None else torch.tensor(eos_id, device=device)  # () or (ids,)
     lengths = [len(prompt) for prompt in prompts]
     logits, caches = prefill(model, prompts, lengths, max(lengths) + max_new_tokens)
     # The batch holds some of the prompts, and some of its rows may have ended. To drop these
@@ -458,7 +448,7 @@ def generation_steps(model: Transformer, prompts: list[list[int]], max_new_token
 
         # 2. rows that end with it are active no longer, and leave the batch now or later
         if eos_id is not None:
-            active = active[tokens[active] != eos_id]
+            active = active[~torch.isin(tokens[active], ends)]
         if stop:
             written[rows, n] = tokens
             answers = written[rows[active], :n + 1].tolist()

@@ -140,7 +140,7 @@ def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, tuple[Tensor
 # there would be nothing to rank.
 
 def sample(model: Transformer, prompts: Sequence[list[int]], rows: Sequence[int],
-           config: RewardConfig, max_new_tokens: int, eos_id: int,
+           config: RewardConfig, max_new_tokens: int, eos_ids: Sequence[int],
            seed: int) -> list[list[list[int]]]:
     """Draw len(config.temperatures) responses per prompt.
 
@@ -152,7 +152,7 @@ def sample(model: Transformer, prompts: Sequence[list[int]], rows: Sequence[int]
     columns = []  # one per decoding setting, each with a response to every prompt
     for g, temperature in enumerate(config.temperatures):
         drawn = generate(model, list(prompts), max_new_tokens, temperature, top_p=config.top_p,
-                         eos_id=eos_id, seed=seed, rows=[row * size + g for row in rows],
+                         eos_id=eos_ids, seed=seed, rows=[row * size + g for row in rows],
                          batch_size=config.generation_batch)
         columns.append(drawn.tokens)
     return [list(responses) for responses in zip(*columns)]

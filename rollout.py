@@ -122,7 +122,7 @@ def merge(parts: Sequence[Rollout]) -> Rollout:
 
 @torch.no_grad()
 def collect(models: Models, prompts: Sequence[Prompt], rows: Sequence[int], config: SamplingConfig,
-            score: Score, max_new_tokens: int, eos_id: int, seed: int,
+            score: Score, max_new_tokens: int, eos_ids: Sequence[int], seed: int,
             gathered: Callable[[nn.Module], AbstractContextManager] = nullcontext,
             gather: Callable[[Rollout], list[Rollout]] = lambda rollout: [rollout]) -> Rollout:
     """Sample a response to every prompt and read off what the models say of it (steps 1 and 2).
@@ -139,10 +139,10 @@ def collect(models: Models, prompts: Sequence[Prompt], rows: Sequence[int], conf
     ids = [list(prompt.ids) for prompt in prompts]
     with gathered(models.actor):
         generation = generate(models.actor, ids, max_new_tokens, config.temperature, config.top_k,
-                              config.top_p, eos_id, seed, rows, config.generation_batch)
+                              config.top_p, eos_ids, seed, rows, config.generation_batch)
     device = next(models.actor.parameters()).device
     grid = lay_out(ids, generation, device)
-    cut_off = torch.tensor([response[-1] != eos_id for response in generation.tokens])
+    cut_off = torch.tensor([response[-1] not in eos_ids for response in generation.tokens])
 
     # 2: reading what the actor said with the forward that will train it, so that the first ratio
     # is 1 to the last bit; the reference for the KL; the critic for what was to be expected. All

@@ -28,6 +28,7 @@ import ppo
 import reward
 import sft
 from formats import Prompt
+from formats.files import print_any_text
 from model import ScalarModel, Transformer, derive
 from parallel import Machine
 from reward import RunningMoments
@@ -35,10 +36,10 @@ from run import planner
 from run.annotation import run_annotate, run_sample
 from run.comparison import compare
 from run.folder import (Run, keep, load_model, open_folder, prepare_tokenizer, record_config,
-                        restore, save_model, timings)
+                        restore, save_model, timings, with_template)
 from run.models import (base_model, calibration, check_tokenizer, open_reward, pair_accuracy,
                         policy_path, ppo_models, ranker)
-from run.progress import show_iteration
+from run.progress import show_iteration, tell_of_few_steps
 from run.settings import Config, check_ranks, parse_args, reward_shape, usage
 from run.sources import Source, hold_out, open_source, reward_batch, sft_batch
 
@@ -150,6 +151,7 @@ def train_on(run: Run, name: str, model: nn.Module, examples: Sequence[Any],
     # an epoch need not be a whole number of steps: the order of the next one simply follows
     steps = max(1, round(config.epochs * len(examples) / config.batch_size))
     start = restore(run, name, {"model": (model, optimizer)}).get("step", 0)
+    tell_of_few_steps(run, name, len(examples), steps)
     bar = run.bar(name, steps, start)
     for step in range(start, steps):
         began = time.perf_counter()
@@ -332,7 +334,7 @@ def roll_out(run: Run, models: ppo.Models, score: ppo.Score, episodes: Sequence[
     with machine.autocast():
         rollout = ppo.collect(
             models, [episodes[i] for i in mine], rows, config, score,
-            run.config.data.max_response_tokens, run.tokenizer.eos_id,
+            run.config.data.max_response_tokens, run.end_ids,
             derive(run.config.seed, "rollout"), parallel.gathered,
             partial(gather_rollouts, machine))
     for model in (models.actor, models.critic):
@@ -462,7 +464,10 @@ def main(args: Sequence[str]) -> None:
     # 2  the run folder and the tokenizer, made by one rank and seen by all
     out = parallel.from_main(partial(open_folder, config))
     parallel.from_main(lambda: prepare_tokenizer(config, out).path)
-    run = Run(config, machine, out, prepare_tokenizer(config, out))
+    planner.check_disk(config, out)
+    tokenizer = prepare_tokenizer(config, out)
+    config = with_template(config, tokenizer)
+    run = Run(config, machine, out, tokenizer)
     ranker(run)  # a reward function that cannot be loaded shows now, not when it is first asked
     if machine.is_main:
         record_config(config, out, machine.world)
@@ -487,6 +492,7 @@ if __name__ == "__main__":
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(usage(__doc__, STAGES))
     else:
+        print_any_text()
         try:
             main(sys.argv[1:])
         except (ValueError, OSError) as error:

@@ -26,7 +26,7 @@ from benchmarks.questions import MICROCOSM, Question, microcosm_questions, read_
 from benchmarks.reading import Unavailable
 from benchmarks.results import Result, Results
 from benchmarks.tasks import GENERIC, GROUPS, TASKS, Task
-from data import Tokenizer, open_tokenizer, template_for
+from data import Tokenizer, choose_template, open_tokenizer
 from formats.files import read_json
 from weights import load_pretrained
 
@@ -147,21 +147,19 @@ def name_folders(folders: Sequence[Path]) -> dict[str, Path]:
     return dict(zip(names, folders))
 
 
-def run_template(folder: Path) -> str:
-    """Return the template of the run that a model folder lies in, "plain" if it lies in none.
+def template_of(folder: Path, tokenizer: Tokenizer) -> str:
+    """Return the template of the run that a model folder lies in, else its own, else "plain".
 
     A model asked in another template than it was trained with answers worse, and nothing says so.
     """
     around = folder.resolve().parent / "config.json"
     settings = read_json(around).get("config") if around.is_file() else None
     if not isinstance(settings, dict) or "data.template" not in settings:
-        return "plain"
-    template = settings["data.template"]
+        return tokenizer.own.name or "plain"
     try:
-        template_for(template, ())
+        return choose_template(settings["data.template"], tokenizer)
     except ValueError as error:
         raise ValueError(f"{around}: data.template: {error}") from None
-    return template
 
 
 def open_models(folders: Sequence[Path], is_spoken_to: bool) -> dict[str, Model]:
@@ -169,12 +167,12 @@ def open_models(folders: Sequence[Path], is_spoken_to: bool) -> dict[str, Model]
 
     is_spoken_to: there will be dialogues, so templates matter.
     """
-    return {
-        name: Model(
-            folder, open_tokenizer(folder), run_template(folder) if is_spoken_to else "plain"
-        )
-        for name, folder in name_folders(folders).items()
-    }
+    models = {}
+    for name, folder in name_folders(folders).items():
+        tokenizer = open_tokenizer(folder)
+        template = template_of(folder, tokenizer) if is_spoken_to else "plain"
+        models[name] = Model(folder, tokenizer, template)
+    return models
 
 
 def evaluate_model(

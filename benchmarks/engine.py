@@ -13,10 +13,8 @@ from benchmarks.items import Likelihood
 from benchmarks.questions import Request
 from benchmarks.tasks import Task
 from benchmarks.trees import grow_trees, read_trees
-from data import Tokenizer, decode_response
+from data import Tokenizer, decode_response, end_ids
 from model import Transformer, generate
-
-END_OF_TEXT = "</s>"        # the harness stops at the text of EOS, too, should a model spell it out
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,8 @@ class Engine:
 
     def write(self, prompts: Sequence[Sequence[int]], task: Task, name: str) -> list[list[str]]:
         """Return `samples` continuations of every prompt, cut at the first stop string."""
-        until = (*task.until, END_OF_TEXT)
+        # the harness stops at the text of EOS, too, should a model spell it out
+        until = (*task.until, self.tokenizer.piece(self.tokenizer.eos_id))
         # The last so many tokens hold a stop string that has just been completed: none of its
         # tokens is shorter than a byte, and decoding may take the first one's space away.
         window = max(len(stop.encode()) for stop in until) + 1
@@ -90,7 +89,7 @@ class Engine:
         for batch in self.batches([len(row) + task.max_new_tokens for row in rows], name):
             written = generate(
                 self.model, [rows[i] for i in batch], task.max_new_tokens, temperature, top_p=top_p,
-                eos_id=self.tokenizer.eos_id, seed=self.seed, rows=batch, stop=stopped,
+                eos_id=self.ends_of(task), seed=self.seed, rows=batch, stop=stopped,
             )
             for i, ids in zip(batch, written.tokens):
                 found[i] = cut_text(self.decode(ids, task), until)
@@ -98,6 +97,11 @@ class Engine:
         texts = merged(found)
         in_order = [texts[i] for i in range(len(rows))]
         return [in_order[i:i + self.samples] for i in range(0, len(rows), self.samples)]
+
+    def ends_of(self, task: Task) -> tuple[int, ...]:
+        """Return what ends an answer."""
+        is_spoken_to = task.is_dialogue
+        return end_ids(self.tokenizer, self.template) if is_spoken_to else self.tokenizer.eos_ids
 
     def decode(self, ids: Sequence[int], task: Task) -> str:
         """Return the text of ids written: an answer in the model's template, or a continuation."""

@@ -151,10 +151,10 @@ def encode_request(tokenizer: Tokenizer, context: str, continuation: str) -> Req
     continuation: in the pieces of LLaMA a space opens a word. An empty context is the bos alone.
     """
     if not context:
-        return Request((tokenizer.bos_id,), tuple(tokenizer.encode(continuation)))
+        return Request((tokenizer.prefix_id,), tuple(tokenizer.encode(continuation)))
     before = tokenizer.encode(context.rstrip())
     whole = tokenizer.encode(context + continuation)
-    return Request((tokenizer.bos_id, *before), tuple(whole[len(before):]))
+    return Request((*tokenizer.opening, *before), tuple(whole[len(before):]))
 
 
 def encode_question(
@@ -175,7 +175,7 @@ def encode_question(
     if task.is_dialogue:
         prompt = encode_prompt(tokenizer, (Message("user", question.item.query),), template)
     else:
-        prompt = [tokenizer.bos_id, *tokenizer.encode(question.prefix + question.item.query)]
+        prompt = [*tokenizer.opening, *tokenizer.encode(question.prefix + question.item.query)]
     # What is too long loses demonstrations, never the question itself, which stands at the end.
     return Asked(prompt=prompt[-room:], is_cut=len(prompt) > room)
 

@@ -36,7 +36,7 @@ def random_world() -> tuple[data.Tokenizer, ppo.Models, ppo.Score]:
     """Make four small models of random weights; the reference is another draw than the actor."""
     with tempfile.NamedTemporaryFile(suffix=".model") as file:
         microcosm.train_tokenizer(file.name, 512)
-        tokenizer = data.Tokenizer(file.name)
+        tokenizer = data.open_tokenizer(file.name)
     shape = ModelConfig(dim=32, n_layers=2, n_heads=2, n_kv_heads=2, vocab_size=512, ffn_dim=64,
                         max_seq_len=128)
     made = [kind(shape) for kind in (Transformer, Transformer, ScalarModel, ScalarModel)]
@@ -75,7 +75,7 @@ def print_table(columns: dict[str, Sequence]) -> None:
 def print_tokens(tokenizer: data.Tokenizer, rollout: ppo.Rollout, grids: dict) -> None:
     """Print what (B, T) grids hold of the first response; None has no column."""
     mask = rollout.response_mask[0]
-    pieces = [tokenizer.processor.id_to_piece(i) for i in rollout.tokens[0][mask].tolist()]
+    pieces = [tokenizer.piece(i) for i in rollout.tokens[0][mask].tolist()]
     columns = {name: x[0][mask].tolist() for name, x in grids.items() if x is not None}
     print_table({"t": mask.nonzero()[:, 0].tolist(), "token": pieces, **columns})
 
@@ -140,7 +140,7 @@ def main() -> None:
     models = models if config.has_critic else models._replace(critic=None)
     prompts = prompts_of(tokenizer, size)
     rollout = ppo.collect(models, prompts, range(FIRST, FIRST + SIZE), config, score,
-                          32 if options.run else 6, tokenizer.eos_id, 0)
+                          32 if options.run else 6, tokenizer.eos_ids, 0)
     rollout, _ = ppo.assign_credit(rollout, config, config.kl_coef)
     print_rollout(tokenizer, prompts[0], config, rollout)
     print_update(tokenizer, models, config, rollout)

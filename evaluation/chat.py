@@ -12,12 +12,12 @@ from data import Tokenizer
 from evaluation.judging import scores
 from evaluation.speaking import Speaker, answer_of, load
 from formats import Message, Messages
-from model import ScalarModel, Transformer, check_lengths, generation_steps, row_uniforms
+from model import Ends, ScalarModel, Transformer, check_lengths, generation_steps, row_uniforms
 
 
 @torch.no_grad()
 def stream(model: Transformer, prompt: list[int], max_new_tokens: int, temperature: float = 1.0,
-           eos_id: int | None = None, seed: int = 0, row: int = 0) -> Iterator[int]:
+           eos_id: Ends = None, seed: int = 0, row: int = 0) -> Iterator[int]:
     """Yield one by one the tokens that `generate` returns for this prompt and row."""
     check_lengths([prompt], max_new_tokens, model.config.max_seq_len)
     noise = row_uniforms(seed, [row], max_new_tokens)
@@ -85,10 +85,9 @@ def reply(
         raise ValueError(f"a prompt of {len(prompt)} tokens, there is room for {room}: shorten it")
     # 2. The answer is shown token by token. What Ctrl-C leaves of it counts as said.
     length = speaker.data.max_response_tokens
-    eos_id = speaker.tokenizer.eos_id
     said: list[int] = []
     try:
-        drawn = stream(speaker.model, prompt, length, temperature, eos_id, seed, row=turn)
+        drawn = stream(speaker.model, prompt, length, temperature, speaker.end_ids, seed, row=turn)
         for piece in pieces(speaker.tokenizer, drawn, said):
             print(piece, end="", flush=True)
     except KeyboardInterrupt:

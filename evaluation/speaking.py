@@ -42,6 +42,11 @@ class Speaker:
     settings: dict[str, Any]
 
     @property
+    def end_ids(self) -> tuple[int, ...]:
+        """What ends an answer."""
+        return data.end_ids(self.tokenizer, self.data.template)
+
+    @property
     def is_world(self) -> bool:
         """Whether this model was trained on the embedded world."""
         return bool(self.settings) and not self.settings.get("model.path")
@@ -61,14 +66,8 @@ def load(
     settings = read_json(around).get("config", {}) if around.exists() else {}
     given = {flag: value for flag, value in flags.items() if value is not None}
     chosen = {**settings, **given}
-    if "data.template" not in chosen:
-        choices = "|".join(data.TEMPLATES)
-        raise ValueError(
-            f"{path}: lies in no run that would say how prompts are written: "
-            f"give --data.template={choices}"
-        )
-    template = chosen["data.template"]
-    data.template_for(template, ())  # a ValueError now, not after the weights are read
+    # a ValueError now, not after the weights are read
+    template = data.choose_template(chosen.get("data.template", data.AUTO), tokenizer)
 
     # On a GPU bfloat16 is precise enough for answers that people read.
     is_cuda = torch.cuda.is_available()
@@ -167,7 +166,7 @@ def answers(
             [list(prompt.ids) for prompt in part],
             speaker.data.max_response_tokens,
             temperature,
-            eos_id=speaker.tokenizer.eos_id,
+            eos_id=speaker.end_ids,
             seed=seed,
             # row i * n + k is answer k to prompt i
             rows=range(start * n, start * n + len(part)),
@@ -180,7 +179,7 @@ def answers(
 def answer_of(speaker: Speaker, messages: Messages, ids: list[int]) -> Answer:
     """Return what new ids say, and whether they end."""
     text = data.decode_response(speaker.tokenizer, ids, speaker.data.template, messages)
-    return Answer(text, bool(ids) and ids[-1] == speaker.tokenizer.eos_id)
+    return Answer(text, bool(ids) and ids[-1] in speaker.end_ids)
 
 
 def write_generations(

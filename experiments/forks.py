@@ -133,7 +133,7 @@ def prepare(place: Path) -> None:
 
 def sources() -> list[Path]:
     """Return the files of the code: those at the top, and those of the rooms."""
-    return sorted((*ROOT.glob("*.py"), *ROOT.glob("*/*.py")))
+    return sorted((*ROOT.glob("*.py"), *ROOT.glob("*/*.py"), *ROOT.glob("text/chat/*.jinja")))
 
 
 def copy_code(copy: Path) -> None:

@@ -30,7 +30,7 @@ def run_sample(run: Run, source: Source) -> None:
             rows = mine[start:start + config.reward.generation_batch]
             ids = [list(prompts[row].ids) for row in rows]
             drawn += reward.sample(model, ids, rows, config.reward, config.data.max_response_tokens,
-                                   run.tokenizer.eos_id, derive(config.seed, "sample"))
+                                   run.end_ids, derive(config.seed, "sample"))
             bar.update(len(rows))
     bar.close()
     groups = [group for part in parallel.gather_objects(drawn) for group in part]

@@ -6,7 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Mapping
 
@@ -16,12 +16,12 @@ from tqdm import tqdm
 
 import microcosm
 import parallel
-from data import Tokenizer, open_tokenizer
+from data import AUTO, Tokenizer, choose_template, end_ids, open_tokenizer
 from formats.files import read_json, read_jsonl, write_jsonl
 from model import ScalarModel, Transformer, derive
 from parallel import Machine
 from run.settings import Config, config_from_file, flatten
-from weights import read_config, read_weights, save_pretrained
+from weights import read_config, read_weights, save_pretrained, stored_dtype
 
 # What a stage trains, by name: models and their optimizers.
 Trained = Mapping[str, tuple[nn.Module, torch.optim.Optimizer]]
@@ -34,6 +34,11 @@ class Run:
     machine: Machine
     out: Path
     tokenizer: Tokenizer
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """What ends an answer."""
+        return end_ids(self.tokenizer, self.config.data.template)
 
     def result(self, name: str) -> Path | None:
         """Return where a result is: in this run's folder or a base's; None if it is nowhere."""
@@ -124,7 +129,21 @@ def prepare_tokenizer(config: Config, out: Path) -> Tokenizer:
         else:
             train_tokenizer(partial_path, config.model.vocab_size)
         os.rename(partial_path, path)
-    return Tokenizer(path)
+    return open_tokenizer(path)
+
+
+def with_template(config: Config, tokenizer: Tokenizer) -> Config:
+    """Return the settings with the chat template that "auto" stands for.
+
+    A base model brings none: SFT teaches it Alpaca's.
+    """
+    name = config.data.template
+    if name == AUTO and not tokenizer.own.exists:
+        name = "alpaca"
+    chosen = choose_template(name, tokenizer)
+    if chosen == config.data.template:
+        return config
+    return replace(config, data=replace(config.data, template=chosen))
 
 
 def train_tokenizer(path: Path, vocab_size: int) -> None:
@@ -177,11 +196,19 @@ def save_model(run: Run, model: nn.Module, name: str, extra: Mapping | None = No
     """Write a model folder in the Hugging Face layout; the stage's checkpoint has served."""
     weights = parallel.full_weights(model)
     if run.machine.is_main:
-        save_pretrained(model, run.out / name, run.tokenizer, weights, extra)
+        save_pretrained(model, run.out / name, run.tokenizer, weights, extra,
+                        template=run.config.data.template, dtype=export_dtype(run.config))
         shutil.rmtree(run.out / "checkpoints" / name, ignore_errors=True)
     for _ in weights:  # the other ranks take part in gathering what the main one writes
         pass
     parallel.gather_objects(None)
+
+
+def export_dtype(config: Config) -> torch.dtype:
+    """Return what weights are written in: float32 on the embedded world, else as the base's are."""
+    if config.export.dtype != "auto":
+        return getattr(torch, config.export.dtype)
+    return torch.float32 if config.is_world else stored_dtype(config.model.path)
 
 
 def load_model(run: Run, path: Path, kind: type[nn.Module] = Transformer,

@@ -69,7 +69,7 @@ def answer(run: Run, model: nn.Module, prompts: Sequence[Prompt], temperature: f
     with parallel.gathered(model), run.machine.autocast():
         drawn = generate(model, [list(prompts[i].ids) for i in mine],
                          run.config.data.max_response_tokens, temperature,
-                         eos_id=run.tokenizer.eos_id, seed=derive(run.config.seed, purpose),
+                         eos_id=run.end_ids, seed=derive(run.config.seed, purpose),
                          rows=mine, batch_size=run.config.ppo.generation_batch)
     return [ids for part in parallel.gather_objects(drawn.tokens) for ids in part]
 

@@ -12,6 +12,7 @@ response has its full length.
 from __future__ import annotations
 
 import contextlib
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple
@@ -32,6 +33,7 @@ import reward
 import sft
 from model import (ModelConfig, ScalarModel, Transformer, generation_steps, token_logprobs)
 from parallel import Machine
+from run.folder import export_dtype
 from run.settings import Config, reward_shape, world_shape
 from weights import read_config
 
@@ -365,7 +367,7 @@ class Planner:
 
     def cache_bytes(self) -> int:
         """Return the bytes of the actor's cache per token: keys and values of all blocks."""
-        width = self.shape.dim * self.shape.n_kv_heads // self.shape.n_heads
+        width = self.shape.n_kv_heads * self.shape.head_size
         return 2 * self.shape.n_layers * width * self.machine.dtype.itemsize
 
     def reading(self, kind: type[nn.Module], shape: ModelConfig, read: MicroBatch) -> Parts:
@@ -491,6 +493,32 @@ def heading(config: Config, shape: ModelConfig, judge: ModelConfig, room: float)
         f"{'':12}{columns}{'peak':>9}")
 
 
+def disk_bytes(config: Config, shape: ModelConfig, judge: ModelConfig, itemsize: int) -> int:
+    """Return what a run's model folders and its largest checkpoint take on the disk.
+
+    itemsize: bytes of a weight in a model folder.
+    """
+    actor, scalar = parameters_of(Transformer, shape), parameters_of(ScalarModel, judge)
+    size = {"sft": actor, "top": actor, "reward": scalar, "ppo": actor}
+    trained = {**size, "ppo": actor + scalar * config.ppo.has_critic}
+    stages = [stage for stage in config.stages if stage in size]
+    folders = itemsize * sum(size[stage] for stage in stages)
+    # a checkpoint holds weights and two moments in float32; the last one stays until it is whole
+    kept = 2 if config.checkpoint_every else 0
+    return folders + kept * 12 * max((trained[stage] for stage in stages), default=0)
+
+
+def check_disk(config: Config, folder: Path) -> None:
+    """Refuse a run whose models do not fit on the disk: hours later they would not be saved."""
+    itemsize = 4 if config.is_world else export_dtype(config).itemsize
+    needed = disk_bytes(config, *shapes(config), itemsize)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ValueError(f"{folder}: {free / 1e9:.1f} GB are free on its disk, and the models and "
+                         f"checkpoints of this run take {needed / 1e9:.1f} GB: free some, name "
+                         "another --out, or keep none with --checkpoint_every=0")
+
+
 def main(config: Config, shapes: tuple[ModelConfig, ModelConfig]) -> None:
     """Print the plan of every stage. shapes: of the actor, and of reward model and critic."""
     if config.ranks < 1 or config.ranks % config.parallel.replicas:
@@ -508,6 +536,9 @@ def main(config: Config, shapes: tuple[ModelConfig, ModelConfig]) -> None:
         print(f"{stage:12}{columns}{sum(parts) / GIB:9.1f}  {verdict}", flush=True)
         if not fits:
             print(f"{'':12}{advise(stage, config, *shapes, room)}", flush=True)
+    size = 4 if config.export.dtype == "float32" else 2
+    print(f"\nOn the disk, with weights of {size} bytes in the model folders: "
+          f"{disk_bytes(config, *shapes, size) / 1e9:.0f} GB.")
 
 
 def named_shape(name: str) -> ModelConfig:

@@ -39,3 +39,11 @@ def show_iteration(run: Run, step: int, prompts: Sequence[Prompt], rollout: ppo.
     bar.set_postfix({"score": f"{stats['score_mean']:.2f}", "kl": f"{stats['kl']:.2f}",
                      "length": f"{stats['response_length']:.1f}"}, refresh=False)
     bar.update()
+
+
+def tell_of_few_steps(run: Run, name: str, examples: int, steps: int) -> None:
+    """Say so where data and batch size make so few optimizer steps that nothing can be learnt."""
+    if steps < 10:
+        section = "reward" if name == "reward" else "sft"
+        run.say(f"{name}: {examples} examples are {steps} optimizer steps, from which little is "
+                f"learnt: lower --{section}.batch_size or raise --{section}.epochs")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Collection, Mapping, Sequence, get_args, get_origin, get_type_hints
 
 import ppo
-from data import TEMPLATES, DataConfig
+from data import AUTO, TEMPLATES, DataConfig
 from eval import EvalConfig
 from formats.files import read_json
 from model import ModelConfig
@@ -39,6 +39,11 @@ class ModelSection:
 
 
 @dataclass(frozen=True)
+class ExportConfig:
+    dtype: str = "auto"                 # of the weights in model folders; auto: those of --model
+
+
+@dataclass(frozen=True)
 class Config:
     model: ModelSection = field(default_factory=ModelSection)
     data: DataConfig = field(default_factory=DataConfig)
@@ -48,6 +53,7 @@ class Config:
     ppo: PPOConfig = field(default_factory=PPOConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     out: str = ""                       # run folder; "": a fresh runs/NNN
     base: str = ""                      # folder of a run whose finished stages this one builds on
     seed: int = 0                       # of weights, data order, sampling and the embedded world
@@ -75,7 +81,7 @@ class Config:
 PRETRAINED_DEFAULTS = {
     # baselines cost a model's training and many samples: asked for by name
     "stages": ("sft", "sample", "annotate", "reward", "ppo", "eval"), "eval.best_of": 0,
-    "data.template": "alpaca", "data.max_prompt_tokens": 512, "data.max_response_tokens": 512,
+    "data.template": AUTO, "data.max_prompt_tokens": 512, "data.max_response_tokens": 512,
     "sft.epochs": 3.0, "sft.batch_size": 128, "sft.microbatch_size": 4, "sft.lr": 2e-5,
     "sft.weight_decay": 0.0, "top.epochs": 1.0, "top.lr": 2e-6,
     "reward.epochs": 1.0, "reward.batch_size": 64, "reward.microbatch_size": 1,
@@ -88,7 +94,8 @@ PRETRAINED_DEFAULTS = {
 
 # What a switch can be, by flag.
 CHOICES: dict[str, Collection[str]] = {
-    "data.template": TEMPLATES, "dtype": ("auto", "float32", "bfloat16"),
+    "data.template": (AUTO, *TEMPLATES), "dtype": ("auto", "float32", "bfloat16"),
+    "export.dtype": ("auto", "float32", "bfloat16", "float16"),
     **{f"ppo.{name}": choices for name, choices in ppo.CHOICES.items()},
 }
 

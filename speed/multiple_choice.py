@@ -25,7 +25,7 @@ from benchmarks.engine import Engine
 from benchmarks.questions import Question, Request, encode_question
 from benchmarks.reading import read_items
 from benchmarks.tasks import TASKS
-from data import Tokenizer
+from data import Tokenizer, open_tokenizer
 from model import ModelConfig, Transformer
 from weights.initial import init_weights
 from parallel import Machine
@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
     options = parser.parse_args()
-    tokenizer = Tokenizer(options.tokenizer)
+    tokenizer = open_tokenizer(options.tokenizer)
     requests = encode(options.file, tokenizer)
     model = make_model(options.dim, options.layers, tokenizer.vocab_size)
     with tempfile.TemporaryDirectory() as folder:

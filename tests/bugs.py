@@ -77,7 +77,7 @@ MUTANTS = [
            "scores - penalty * ~cut_off,",
            "ppo::test_penalty_for_answers_cut_off"),
     Mutant("cut off means: as long as allowed, even with EOS", "rollout",
-           "response[-1] != eos_id for",
+           "response[-1] not in eos_ids for",
            "len(response) == max_new_tokens for",
            "ppo::test_rollout_against_one_row_at_a_time"),
     Mutant("score clipped after the penalty", "ppo",
@@ -284,7 +284,7 @@ MUTANTS = [
            "token_logprobs(model, batch.tokens, batch.attention_mask)",
            "learning::test_sft_loss_against_a_loop"),
     # model
-    Mutant("keys rotated by the wrong sign", "model",
+    Mutant("keys rotated by the wrong sign", "rotary",
            "torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)",
            "torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)",
            "model::test_logits_equal_transformers"),

@@ -26,5 +26,5 @@ def collect(four: Four, ids: Sequence[Sequence[int]], rows: Sequence[int], confi
     """Collect a rollout. scale: mean and deviation that standardise the reward model's scores."""
     score = model_reward(four.reward_model, Scale(*scale), config.microbatch_size)
     models = ppo.Models(four.actor, four.ref, four.critic)
-    return ppo.collect(models, prompts_of(ids), rows, config, score, max_new_tokens, eos_id, seed,
+    return ppo.collect(models, prompts_of(ids), rows, config, score, max_new_tokens, (eos_id,), seed,
                        **calls)

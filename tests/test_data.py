@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import random
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import sentencepiece
 import torch
 
 import data
-from data import Tokenizer
+from data import Tokenizer, open_tokenizer
 from formats import reading
 from formats.files import read_json, read_jsonl, write_jsonl
 from formats.records import Dialogue, Message, Prompt, Ranking, dialogue_text
@@ -29,8 +30,15 @@ SENTENCES = [
     "Below is an instruction that describes a task. ### Instruction: ### Input: ### Response:",
     "A chat between a curious user and an artificial intelligence assistant. (0123456789) </s> <s>",
 ]
+LLAMA_CONFIG = {"model_type": "llama", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 400, "intermediate_size": 8}
+TEXT = ("alpaca", "llama2", "vicuna", "plain")  # those of control tokens: test_checkpoints.py
 BYTES = {"byte_fallback": True, "vocab_size": 400}              # like LLaMA's: every text has ids
 SYMBOLS = {"user_defined_symbols": ["\n"], "vocab_size": 120}  # like the embedded world's: no bytes
+
+
+def trimmed(text: str) -> str:
+    """An answer without the spaces at its borders, an indentation excepted."""
+    return text.rstrip() if re.match(r"  |\t", text) else text.strip()
 
 
 def train_tokenizer(path: Path, **options) -> Path:
@@ -49,14 +57,14 @@ def train_tokenizer(path: Path, **options) -> Path:
 
 @pytest.fixture(scope="module", params=[BYTES, SYMBOLS], ids=["bytes", "symbols"])
 def tokenizer(request, tmp_path_factory) -> Tokenizer:
-    return Tokenizer(
+    return open_tokenizer(
         train_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.model", **request.param)
     )
 
 
 @pytest.fixture(scope="module")
 def llama() -> Tokenizer:
-    return Tokenizer(shared("tokenizer"))
+    return open_tokenizer(shared("tokenizer/tokenizer.model"))
 
 
 def shared(name: str) -> Path:
@@ -132,19 +140,20 @@ def test_decode_ignores_what_has_no_text(tokenizer):
 
 def test_tokenizer_refuses_what_cannot_serve(tmp_path):
     (tmp_path / "text").write_text("no model")
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_CONFIG))
     with pytest.raises(ValueError, match="tokenizer.model: no such file"):
-        Tokenizer(tmp_path)
+        open_tokenizer(tmp_path)
     with pytest.raises(ValueError, match="text: not a sentencepiece model"):
-        Tokenizer(tmp_path / "text")
+        open_tokenizer(tmp_path / "text")
     with pytest.raises(ValueError, match="no bos or no eos"):
-        Tokenizer(train_tokenizer(tmp_path / "no_eos", eos_id=-1, **BYTES))
+        open_tokenizer(train_tokenizer(tmp_path / "no_eos", eos_id=-1, **BYTES))
     with pytest.raises(ValueError, match="no piece for a newline"):
-        Tokenizer(train_tokenizer(tmp_path / "no_newline", vocab_size=120))
+        open_tokenizer(train_tokenizer(tmp_path / "no_newline", vocab_size=120))
     with pytest.raises(ValueError, match="no piece for a newline"):  # it reads "\n" as nothing
         spaces = {"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True}
-        Tokenizer(train_tokenizer(tmp_path / "spaces", **{**BYTES, **spaces}))
+        open_tokenizer(train_tokenizer(tmp_path / "spaces", **{**BYTES, **spaces}))
     with pytest.raises(ValueError, match="merges a newline") as error:
-        Tokenizer(
+        open_tokenizer(
             train_tokenizer(
                 tmp_path / "merges", vocab_size=120, user_defined_symbols=["\n", "\nBlue"]
             )
@@ -362,7 +371,6 @@ BAD_ROWS = {
                      "field 'instances' must hold an object each, got a string"),
     "two users": ({"messages": [CHAT[0], *CHAT]}, "roles must be: .*got user, user"),
     "assistant first": ({"messages": [CHAT[1], *CHAT]}, "roles must be"),
-    "user last": ({"messages": [*CHAT, CHAT[0]]}, "no answer to learn from"),
     "system later": ({"messages": [CHAT[0], {"role": "system", "content": "S"}, CHAT[1]]}, "roles must be"),
     "no messages": ({"messages": []}, "roles must be: .*got none"),
     "messages is text": ({"messages": "Q"}, "field 'messages' must be a list, got a string"),
@@ -675,7 +683,7 @@ VICUNA = (
 
 @pytest.fixture(scope="module")
 def bytes_tokenizer(tmp_path_factory) -> Tokenizer:
-    return Tokenizer(
+    return open_tokenizer(
         train_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.model", **BYTES)
     )
 
@@ -784,7 +792,7 @@ def test_spaces_at_the_borders_beside_a_system_text(bytes_tokenizer, template, e
         (user("Hi "), assistant(" Bye\n")),
     ],
 )
-@pytest.mark.parametrize("template", data.TEMPLATES)
+@pytest.mark.parametrize("template", TEXT)
 def test_a_dialogue_is_prompt_plus_response_at_every_answer(tokenizer, template, messages):
     ids, trained = data.encode_dialogue(tokenizer, messages, template)
     for n, message in enumerate(messages):
@@ -803,7 +811,7 @@ def test_a_dialogue_is_prompt_plus_response_at_every_answer(tokenizer, template,
 
 
 def test_an_empty_response_is_its_eos_alone(tokenizer):
-    for template in data.TEMPLATES:
+    for template in TEXT:
         assert data.encode_response(tokenizer, "", template) == [tokenizer.eos_id]
     assert data.encode_response(tokenizer, " ", "alpaca", RAW) == [tokenizer.eos_id]
 
@@ -820,7 +828,7 @@ def test_no_token_crosses_the_border(tokenizer, template):
 
 def test_user_text_cannot_close_a_turn(tokenizer):
     messages = (user("Hi </s><s> [/INST] {braces} {0}"), assistant("</s>"))
-    for template in data.TEMPLATES:
+    for template in TEXT:
         ids, _ = data.encode_dialogue(tokenizer, messages, template)
         assert ids.count(tokenizer.eos_id) == ids.count(tokenizer.bos_id) == 1
 
@@ -829,9 +837,9 @@ def test_unknown_template(tokenizer):
     for messages in (SINGLE, RAW):
         with pytest.raises(
             ValueError,
-            match="unknown template 'chatml'; choose one of alpaca, llama2, vicuna, plain",
+            match="unknown template 'phi'; choose one of alpaca, llama2, vicuna, plain, chatml",
         ):
-            data.encode_prompt(tokenizer, messages, "chatml")
+            data.encode_prompt(tokenizer, messages, "phi")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -871,7 +879,7 @@ def parts(template: str, prompt: tuple[Message, ...]) -> tuple[str, str]:
 
 
 each_border = pytest.mark.parametrize(
-    "template, asked", list(itertools.product(data.TEMPLATES, ASKED))
+    "template, asked", list(itertools.product(TEXT, ASKED))
 )
 
 
@@ -883,7 +891,7 @@ def test_decode_response_is_the_inverse_of_encode_response(tokenizer, template, 
         ids = data.encode_response(tokenizer, text, template, prompt)
         # Where a space parts prompt and answer, an answer has none of its own at its borders.
         assert data.decode_response(tokenizer, ids, template, prompt) == (
-            text.strip() if before else text
+            trimmed(text) if before else text
         )
 
 
@@ -908,7 +916,7 @@ def test_decode_response_of_what_only_a_policy_writes(tokenizer):
         return data.decode_response(tokenizer, [*tokenizer.encode_segment(text), *end], template)
 
     eos_id = tokenizer.eos_id
-    for template in data.TEMPLATES:
+    for template in TEXT:
         assert data.decode_response(tokenizer, [], template) == decode("", template, eos_id) == ""
     assert decode("Blue", "llama2", eos_id) == "Blue"  # neither the space before nor the one after
     assert decode("  Blue  ", "llama2", eos_id) == " Blue "  # one of each is the template's
@@ -942,7 +950,7 @@ def each_long_prompt(test):
     """Run a test with every template, on a prompt alone and beside a system text and spaces."""
     prompts = {"alone": (user(LONG),), "system": (SYSTEM, user(f" {LONG} "))}
     test = pytest.mark.parametrize("prompt", prompts.values(), ids=prompts)(test)
-    return pytest.mark.parametrize("template", data.TEMPLATES)(test)
+    return pytest.mark.parametrize("template", TEXT)(test)
 
 
 @each_long_prompt
@@ -991,7 +999,7 @@ def test_a_ranking_of_exactly_the_limit_stays(tokenizer, template, prompt):
     assert example.responses == responses and len(example.prompt) < len(ids)
 
 
-@pytest.mark.parametrize("template", data.TEMPLATES)
+@pytest.mark.parametrize("template", TEXT)
 @pytest.mark.parametrize(
     "messages",
     [
@@ -1253,7 +1261,7 @@ def test_real_alpaca_rows_have_a_clean_border(llama):
     )
 
 
-@pytest.mark.parametrize("template", data.TEMPLATES)
+@pytest.mark.parametrize("template", TEXT)
 def test_real_answers_survive_their_tokens(llama, template):
     records, _ = reading.read_dialogues(
         [shared("sft/alpaca_en_demo.json"), shared("sft/alpaca_zh_demo.json")]
@@ -1262,7 +1270,7 @@ def test_real_answers_survive_their_tokens(llama, template):
         answer = record.messages[-1].content
         ids = data.encode_response(llama, answer, template)
         assert data.decode_response(llama, ids, template) == (
-            answer.strip() if template in ("llama2", "vicuna") else answer
+            trimmed(answer) if template in ("llama2", "vicuna") else answer
         )
 
 
@@ -1370,6 +1378,7 @@ def test_real_malformed_files():
     rows = json.loads((folder / "sharegpt_roles.json").read_text())
     assert [rows[int(record.source.split()[-1]) - 1]["id"] for record in records] == [
         "ok",
+        "ends_with_human",
         "user_assistant_tags",
         "system_first",
     ]

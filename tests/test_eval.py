@@ -31,7 +31,7 @@ from evaluation.statistics import (
     prefer,
     share_interval,
 )
-from data import Tokenizer
+from data import open_tokenizer
 from model import ScalarModel, generate, last_scores
 from formats.files import read_jsonl
 from weights.loading import load_pretrained
@@ -351,7 +351,7 @@ def test_reward_command_against_a_loop(finished, capsys):
     """Pairs and rankings alike: every response scored alone."""
     folder = finished[0] / "reward"
     command("reward", str(folder), f"--data={finished[0] / 'ranked.jsonl'}")
-    model, tokenizer = load_pretrained(folder, kind=ScalarModel), Tokenizer(folder)
+    model, tokenizer = load_pretrained(folder, kind=ScalarModel), open_tokenizer(folder)
     right = pairs = 0.0
     for row in golden.lines(finished[0] / "ranked.jsonl"):
         ranks = dict(zip(row["responses"], row["ranks"]))
@@ -1006,7 +1006,7 @@ def expected(
     dialogue: user, assistant, user, ...
     """
     tokenizer, model, judge = (
-        Tokenizer(folder),
+        open_tokenizer(folder),
         load_pretrained(folder),
         load_pretrained(folder.parent / "reward", kind=ScalarModel),
     )
@@ -1127,7 +1127,7 @@ def test_chat_forgets_whole_turns(finished, monkeypatch, capsys):
     said = [f"Copy: cat dog {'owl ' * n}".strip() for n in (1, 9, 2, 14, 3, 3, 11, 9, 12, 0)]
     out, err = talk(monkeypatch, capsys, folder, said, "--temperature=0")
     assert not err
-    tokenizer, model = Tokenizer(folder), load_pretrained(folder)
+    tokenizer, model = open_tokenizer(folder), load_pretrained(folder)
     turns = []
     for n, (text, ids) in enumerate(zip(said, asked, strict=True)):
         dialogues = [
@@ -1161,7 +1161,7 @@ def test_a_character_of_several_tokens_is_shown_whole():
 
 @real_data
 def test_pieces_of_llamas_tokenizer():
-    tokenizer = Tokenizer(SHARED / "tokenizer")
+    tokenizer = open_tokenizer(SHARED / "tokenizer" / "tokenizer.model")
     for text in ("Hello  world\n\n 😀 it is 漢字 né", " leading", "", "\n"):
         ids = [*tokenizer.encode(text), tokenizer.eos_id]
         assert "".join(chat.pieces(tokenizer, iter(ids), [])) == tokenizer.decode(ids)
@@ -1180,7 +1180,7 @@ def test_generate_writes_what_people_can_rank(finished, tmp_path, capsys):
     assert [row["prompt"] for row in rows] == ["Copy: cat dog", dialogue] and all(
         row["ranks"] is None for row in rows
     )
-    tokenizer, model = Tokenizer(folder), load_pretrained(folder)
+    tokenizer, model = open_tokenizer(folder), load_pretrained(folder)
     records, _ = reading.read_prompts([prompts])
     for i, (row, record) in enumerate(zip(rows, records)):
         prompt = data.encode_prompt(tokenizer, record.messages, "plain")
@@ -1279,7 +1279,11 @@ def test_a_folder_in_no_run_needs_a_template(finished, tmp_path):
     for file in (finished[0] / "ppo").iterdir():
         (tmp_path / "alone" / file.name).write_bytes(file.read_bytes())
     flags = {"data.template": None, "data.max_response_tokens": None}
-    with pytest.raises(ValueError, match="give --data.template=alpaca|llama2|vicuna|plain"):
+    assert speaking.load(tmp_path / "alone", flags).data.template == "plain"  # its chat template says
+    config = json.loads((tmp_path / "alone" / "tokenizer_config.json").read_text())
+    del config["chat_template"]
+    (tmp_path / "alone" / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="brings no chat template: give --data.template=alpaca"):
         speaking.load(tmp_path / "alone", flags)
     with pytest.raises(ValueError, match="--data.max_response_tokens=128 leaves no room"):
         speaking.load(

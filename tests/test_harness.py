@@ -17,7 +17,7 @@ from benchmarks.asking import answer_questions, evaluate
 from benchmarks.engine import Engine
 from benchmarks.questions import encode_question, read_questions
 from benchmarks.tasks import TASKS
-from data import Tokenizer
+from data import open_tokenizer
 from model import ModelConfig, Transformer
 from parallel import Machine
 from weights import load_pretrained, save_pretrained
@@ -101,7 +101,7 @@ class Pieces(transformers.PreTrainedTokenizer):
     """
 
     def __init__(self, path: Path) -> None:
-        self.ours = Tokenizer(path)
+        self.ours = open_tokenizer(path)
         self.pieces = self.ours.processor
         super().__init__(bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>")
 
@@ -200,7 +200,7 @@ def test_harness_and_this_code_agree(tmp_path, monkeypatch):
         dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=32000, ffn_dim=128,
         max_seq_len=1024))
     init_weights(model, 0)
-    save_pretrained(model, tmp_path / "model", Tokenizer(SHARED / "tokenizer"))
+    save_pretrained(model, tmp_path / "model", open_tokenizer(SHARED / "tokenizer" / "tokenizer.model"))
     for file in FILES.values():
         write_jsonl(tmp_path / file.target, prepared(file.source, file.rows))
     for shots in SHOTS.values():
@@ -208,7 +208,7 @@ def test_harness_and_this_code_agree(tmp_path, monkeypatch):
 
     theirs = harness_results(tmp_path, tmp_path / "model")
     machine = Machine(0, 1, torch.device("cpu"), torch.float32)
-    tokenizer = Tokenizer(tmp_path / "model")
+    tokenizer = open_tokenizer(tmp_path / "model")
     engine = Engine(load_pretrained(tmp_path / "model"), tokenizer, machine, 4096)
     for name in FILES:
         compare(name, theirs, engine, tmp_path)

@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROOMS = (
+    "text",
     "weights",
     "formats",
     "run",
@@ -37,13 +38,15 @@ FLOORS = (
     ("rollout", "reward", "sft"),
     ("data",),
     ("weights",),
-    ("model",),
-    ("sampling", "formats", "microcosm"),
+    ("model", "text"),
+    ("rotary", "sampling", "formats", "microcosm"),
 )
 FLOOR = {name: number for number, floor in enumerate(FLOORS) for name in floor}
 REQUIRED = {"torch", "numpy", "sentencepiece", "tqdm", "pytest"}
 OPTIONAL = {
     ("evaluation.plots", "matplotlib"),
+    ("text.tokenizer", "tokenizers"),
+    ("text.chat_template", "jinja2"),
     ("speed.multiple_choice", "lm_eval"),
     ("speed.multiple_choice", "transformers"),
 }  # imported only where it is used, and asked for by name
@@ -86,6 +89,7 @@ def test_imports(name):
 # What stands at the top reads like a paper: how long each file may be.
 LINES = {
     "model": 500,
+    "rotary": 60,
     "sampling": 100,
     "data": 500,
     "sft": 80,

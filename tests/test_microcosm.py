@@ -12,7 +12,7 @@ from statistics import fmean
 import pytest
 
 import microcosm
-from data import Tokenizer
+from data import open_tokenizer
 from microcosm import TASKS, Item, demonstrate, items, rubric
 
 ADULT = {"beer", "wine", "casino", "cigar"}
@@ -270,7 +270,7 @@ def test_tokenizer(tmp_path):
     for name in ("a", "b"):
         microcosm.train_tokenizer(tmp_path / name, 640)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    tokenizer = Tokenizer(tmp_path / "a")
+    tokenizer = open_tokenizer(tmp_path / "a")
     lengths = []
     for item in items("eval", 1000, 7):
         for text in (item.prompt, item.answer):

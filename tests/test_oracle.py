@@ -351,7 +351,7 @@ def test_groups_against_the_oracle(actor, monkeypatch, advantage, switches, scor
     sampled = Generation(responses, [[0.0] * len(r) for r in responses])
     monkeypatch.setattr(episodes_module, "generate", lambda *args: sampled)
     rollout = ppo.collect(ppo.Models(actor, ref), prompts_of([p for p, _ in GROUPED]),
-                          list(range(6)), config, lambda *asked: torch.tensor(scores), 6, EOS, 0)
+                          list(range(6)), config, lambda *asked: torch.tensor(scores), 6, (EOS,), 0)
     rescale = RunningMoments().rescale if config.score_scale == "running" else ppo.identity
     rollout, stats = ppo.assign_credit(rollout, config, KL_COEF, ranks=2, rescale=rescale)
     assert rollout.values is None and rollout.returns is None

@@ -107,10 +107,10 @@ def test_group_scores_and_padding(critic):
 
 def test_sampling_uses_every_setting(actor):
     config = RewardConfig(temperatures=(0.01, 1.0, 1.0))
-    groups = reward.sample(actor, [[1, 4], [1, 6, 7]], [0, 1], config, 10, eos_id=2, seed=0)
+    groups = reward.sample(actor, [[1, 4], [1, 6, 7]], [0, 1], config, 10, eos_ids=(2,), seed=0)
     assert [len(group) for group in groups] == [3, 3]
     assert groups[0][1] != groups[0][2], "equal settings draw different noise"
-    assert reward.sample(actor, [[1, 6, 7]], [1], config, 10, eos_id=2, seed=0) == groups[1:], (
+    assert reward.sample(actor, [[1, 6, 7]], [1], config, 10, eos_ids=(2,), seed=0) == groups[1:], (
         "a sample belongs to its row"
     )
 

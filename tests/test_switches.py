@@ -196,7 +196,7 @@ def test_a_reward_model_ten_times_as_large_gives_the_same_run(base, tmp_path):
     with torch.no_grad():
         model.score.weight *= 10
     scale = json.loads((base / "reward" / "config.json").read_text())
-    run_tokenizer = data.Tokenizer(base / "tokenizer.model")
+    run_tokenizer = data.open_tokenizer(base / "tokenizer.model")
     save_pretrained(model, other / "reward", run_tokenizer, None, {"score_mean": scale["score_mean"] * 10, "score_std": scale["score_std"] * 10})
     first, second = ppo(base, tmp_path / "a"), ppo(other, tmp_path / "b")
     for x, y in zip(first[0], second[0]):

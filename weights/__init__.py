@@ -2,4 +2,4 @@
 from weights.export import save_pretrained
 from weights.files import Source, Weights, read_safetensors, write_safetensors
 from weights.layouts import read_config, read_weights
-from weights.loading import check_weights, load_pretrained, materialize
+from weights.loading import check_weights, load_pretrained, materialize, stored_dtype

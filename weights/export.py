@@ -8,11 +8,14 @@ import shutil
 from pathlib import Path
 from typing import Any, Iterable, Mapping
 
+import torch
 from torch import Tensor, nn
 
-from model import Transformer
+from model import ModelConfig, Transformer
+from text.export import tokenizer_files
+from text.templates import end_ids
+from text.tokenizer import Tokenizer
 from weights.files import write_safetensors
-from weights.tokenizer import huggingface_files
 
 
 def plan_shards(tensors: Mapping[str, Tensor], shard_bytes: int) -> dict[str, dict[str, Tensor]]:
@@ -36,12 +39,12 @@ def plan_shards(tensors: Mapping[str, Tensor], shard_bytes: int) -> dict[str, di
     return dict(zip(names, shards))
 
 
-def config_json(model: nn.Module, bos_id: int, eos_id: int) -> dict:
+def config_json(model: nn.Module, bos_id: int | None, eos_id: int | list[int],
+                dtype: torch.dtype | None) -> dict:
     """Return the Hugging Face config.json of a model of ours."""
     config = model.config
     is_scaled = config.rope_scaling != 1.0
     content = {
-        "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_size": config.dim,
         "intermediate_size": config.ffn_dim,
@@ -54,20 +57,33 @@ def config_json(model: nn.Module, bos_id: int, eos_id: int) -> dict:
         "hidden_act": "silu",
         # rotary positions, for transformers up to version 4 ...
         "rope_theta": config.rope_theta,
-        "rope_scaling": {"type": "linear", "factor": config.rope_scaling} if is_scaled else None,
+        "rope_scaling": None,
         # ... and since version 5
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "tie_word_embeddings": config.tie_embeddings,
-        "attention_bias": False,
+        "attention_bias": config.out_bias,
         "mlp_bias": False,
-        "torch_dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "torch_dtype": str(dtype or next(model.parameters()).dtype).removeprefix("torch."),
         "bos_token_id": bos_id,
         "eos_token_id": eos_id,
     }
     if is_scaled:
-        content["rope_parameters"].update(rope_type="linear", factor=config.rope_scaling)
+        scaling = rope_entries(config)
+        content["rope_parameters"].update(scaling)
+        if not config.rope_llama3:  # the first of the types had another name for it
+            scaling["type"] = scaling.pop("rope_type")
+        content["rope_scaling"] = scaling
+    if config.head_dim:
+        content["head_dim"] = config.head_dim
+    family = "Llama"
+    if config.qkv_bias and not config.out_bias:
+        family = "Qwen2"
+        content["model_type"] = "qwen2"
+        content["use_sliding_window"] = False
+        del content["attention_bias"], content["mlp_bias"]
+    content["architectures"] = [f"{family}ForCausalLM"]
     if not isinstance(model, Transformer):
-        content["architectures"] = ["LlamaForSequenceClassification"]
+        content["architectures"] = [f"{family}ForSequenceClassification"]
         # transformers reads the score at the last token that is not pad. So pad must not be EOS,
         # or a finished answer would be read one token early: 0 is <unk>, which is never produced.
         content["pad_token_id"] = 0
@@ -76,15 +92,27 @@ def config_json(model: nn.Module, bos_id: int, eos_id: int) -> dict:
     return content
 
 
-def save_pretrained(model: nn.Module, path: str | Path, tokenizer: Any = None,
+def rope_entries(config: ModelConfig) -> dict:
+    """Return how rotary positions are scaled, in Hugging Face's words."""
+    if not config.rope_llama3:
+        return {"rope_type": "linear", "factor": config.rope_scaling}
+    low, high, context = config.rope_llama3
+    return {"rope_type": "llama3", "factor": config.rope_scaling, "low_freq_factor": low,
+            "high_freq_factor": high, "original_max_position_embeddings": context}
+
+
+def save_pretrained(model: nn.Module, path: str | Path, tokenizer: Tokenizer | None = None,
                     weights: Iterable[tuple[str, Tensor]] | None = None,
-                    extra: Mapping | None = None, shard_bytes: int = 5_000_000_000) -> None:
+                    extra: Mapping | None = None, shard_bytes: int = 5_000_000_000,
+                    template: str = "", dtype: torch.dtype | None = None) -> None:
     """Write a folder that `transformers` and `load_pretrained` load.
 
-    tokenizer: data.Tokenizer to put beside the weights.   extra: further entries for config.json.
+    tokenizer: the one to put beside the weights.   extra: further entries for config.json.
     weights: in place of model.named_parameters(), name for name: a sharded model's, gathered one
         by one as they are written.
     shard_bytes: with more than this, the weights are cut into several files with an index.
+    template: the chat template that the tokenizer's files are to carry.
+    dtype: of the weights in the files; None: as they are.
     A new folder appears whole or not at all.
     """
     path = Path(path)
@@ -93,31 +121,42 @@ def save_pretrained(model: nn.Module, path: str | Path, tokenizer: Any = None,
     shutil.rmtree(partial_path, ignore_errors=True)
     partial_path.mkdir(parents=True)
 
-    bos_id, eos_id = (tokenizer.bos_id, tokenizer.eos_id) if tokenizer else (1, 2)
-    texts = huggingface_files(tokenizer) if tokenizer else {}
-    texts["config.json"] = {**config_json(model, bos_id, eos_id), **(extra or {})}
+    bos_id, eos_id = 1, 2
+    texts: dict[str, Any] = {}
+    if tokenizer:
+        texts = tokenizer_files(tokenizer, template)
+        bos_id, ends = tokenizer.bos_id, tokenizer.eos_ids
+        if template:
+            ends = end_ids(tokenizer, template)
+        eos_id = ends[0] if len(ends) == 1 else list(ends)
+    texts["config.json"] = {**config_json(model, bos_id, eos_id, dtype), **(extra or {})}
     if isinstance(model, Transformer):
         texts["generation_config.json"] = {"bos_token_id": bos_id, "eos_token_id": eos_id}
 
     # 2. weights first, for the index is known after them; then everything that is text
-    texts.update(write_weights(model, partial_path, weights, shard_bytes))
+    texts.update(write_weights(model, partial_path, weights, shard_bytes, dtype))
     for name, content in texts.items():
-        text = json.dumps(content, indent=1, ensure_ascii=False)
-        (partial_path / name).write_text(text + "\n", encoding="utf-8")
-    if tokenizer:
-        shutil.copyfile(tokenizer.path, partial_path / "tokenizer.model")
+        if isinstance(content, Path):
+            shutil.copyfile(content, partial_path / name)
+        else:
+            text = json.dumps(content, indent=1, ensure_ascii=False)
+            (partial_path / name).write_text(text + "\n", encoding="utf-8")
 
     # 3. whole: now it may have its name
     put_in_place(partial_path, path)
 
 
 def write_weights(model: nn.Module, folder: Path, weights: Iterable[tuple[str, Tensor]] | None,
-                  shard_bytes: int) -> dict[str, dict]:
+                  shard_bytes: int, dtype: torch.dtype | None) -> dict[str, dict]:
     """Write the safetensors files; return the index that goes with several: {its name: content}."""
-    parameters = dict(model.named_parameters())
+    if weights is None:
+        weights = model.named_parameters()
+    # names, shapes and dtypes alone: the weights themselves may be on other ranks
+    parameters = {name: torch.empty(parameter.shape, dtype=dtype or parameter.dtype, device="meta")
+                  for name, parameter in model.named_parameters()}
     shards = plan_shards(parameters, shard_bytes)
     # one stream through all files, each of which takes as many as it holds
-    stream = (tensor for _, tensor in (parameters.items() if weights is None else weights))
+    stream = (tensor.to(dtype or tensor.dtype) for _, tensor in weights)
     for name, tensors in shards.items():
         write_safetensors(folder / name, tensors, itertools.islice(stream, len(tensors)))
     if len(shards) == 1:

@@ -20,11 +20,11 @@ def random_weights(model: nn.Module, seed: int) -> Iterator[tuple[str, Tensor]]:
 def random_weight(name: str, shape: Sequence[int], config: ModelConfig, seed: int) -> Tensor:
     """Draw one weight, float32, scaled so that activations start with unit size at any width.
 
-    Norms are 1. Matrices are N(0, 1/fan_in), those that write into the residual stream smaller by
-    sqrt(2 L) (GPT-2). The scalar head is N(0, 1/(D + 1)) (Stiennon et al. 2020).
+    Norms are 1, biases 0. Matrices are N(0, 1/fan_in), those that write into the residual
+    stream smaller by sqrt(2 L) (GPT-2). The scalar head is N(0, 1/(D + 1)) (Stiennon et al. 2020).
     """
     if len(shape) == 1:
-        return torch.ones(shape)
+        return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
     variance = 1 / (shape[1] + 1) if name == "score.weight" else 1 / shape[1]
     if name.endswith(("o_proj.weight", "down_proj.weight")):
         variance /= 2 * config.n_layers

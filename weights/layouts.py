@@ -23,8 +23,7 @@ def read_config(path: str | Path) -> ModelConfig:
     path = Path(path)
     file = path / ("params.json" if is_meta(path) else "config.json")
     if not file.is_file():
-        raise ValueError(f"{path}: no model folder: it has no config.json (Hugging Face) "
-                         "and no params.json (Meta)")
+        raise ValueError(f"{path}: no model folder: {what_instead(path)}")
     content = read_json(file)
     if is_meta(path) and content.get("vocab_size", -1) == -1:
         # Meta leaves it to the tokenizer; the embedding knows it as well
@@ -34,6 +33,22 @@ def read_config(path: str | Path) -> ModelConfig:
         return meta_config(content) if is_meta(path) else huggingface_config(content)
     except (ValueError, TypeError, ZeroDivisionError) as error:
         raise ValueError(f"{file}: {error}") from None
+
+
+def what_instead(path: Path) -> str:
+    """Say what a path is that is no model folder, and what to do about it."""
+    if (path / "adapter_config.json").is_file():
+        return ("a LoRA adapter; merge it into its base first (peft: merge_and_unload, then "
+                "save_pretrained)")
+    if path.suffix == ".gguf" or path.is_dir() and any(path.glob("*.gguf")):
+        return ("a GGUF file; give the folder of the model that it was made from, or convert it "
+                "(transformers: from_pretrained(FOLDER, gguf_file=NAME), then save_pretrained)")
+    if path.parts[:1] == ("~",):
+        return f"a shell leaves ~ behind = as it is; write {path.expanduser()}"
+    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        return (f"no such folder; a name on the Hugging Face hub is downloaded first: "
+                f"hf download {path} --local-dir FOLDER")
+    return "it has no config.json (Hugging Face) and no params.json (Meta)"
 
 
 def read_weights(path: str | Path) -> Weights:
@@ -56,7 +71,7 @@ def read_weights(path: str | Path) -> Weights:
 # ---------------------------------------------------------------------------------------------
 # Hugging Face: config.json. The tensors have our names.
 
-SUPPORTED_TYPES = ("llama", "mistral")
+SUPPORTED_TYPES = ("llama", "mistral", "qwen2")
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
          "intermediate_size")
 # Entries that are read here, or refused by `unsupported` where they ask for too much.
@@ -64,7 +79,7 @@ UNDERSTOOD = {
     *SIZES, "model_type", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps",
     "rope_theta", "rope_scaling", "rope_parameters", "tie_word_embeddings", "hidden_act",
     "attention_bias", "mlp_bias", "head_dim", "sliding_window", "layer_types", "pretraining_tp",
-    "attention_dropout", "quantization_config",
+    "attention_dropout", "quantization_config", "use_sliding_window",
 }
 # Entries that do not change what the model computes.
 INERT = set("""
@@ -75,7 +90,7 @@ INERT = set("""
     chunk_size_feed_forward unsloth_version max_length min_length do_sample early_stopping
     num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p
     repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
-    num_return_sequences score_mean score_std holdout_accuracy
+    num_return_sequences score_mean score_std holdout_accuracy max_window_layers
 """.split())
 
 
@@ -100,11 +115,22 @@ def huggingface_config(c: dict) -> ModelConfig:
         norm_eps=float(c.get("rms_norm_eps", 1e-6)),
         rope_theta=float(rope.get("rope_theta") or c.get("rope_theta") or 10000.0),
         tie_embeddings=bool(c.get("tie_word_embeddings", False)),
-        rope_scaling=float(rope.get("factor", 1.0)))
+        rope_scaling=float(rope.get("factor", 1.0)),
+        rope_llama3=llama3_rope(rope),
+        head_dim=own_head_dim(c),
+        # Qwen 2 has the three biases always; LLaMA's switch speaks of all four
+        qkv_bias=c["model_type"] == "qwen2" or bool(c.get("attention_bias")),
+        out_bias=c["model_type"] != "qwen2" and bool(c.get("attention_bias")))
 
 
 def context_of(c: dict) -> int:
     return c.get("max_position_embeddings", 2048)
+
+
+def own_head_dim(c: dict) -> int | None:
+    """Return the size of a head where it is not what follows from width and number of heads."""
+    size = c.get("head_dim")
+    return None if size == c["hidden_size"] / c["num_attention_heads"] else size
 
 
 def rope_entries(c: dict) -> dict:
@@ -113,22 +139,40 @@ def rope_entries(c: dict) -> dict:
     return {**(c.get("rope_scaling") or {}), **(c.get("rope_parameters") or {})}
 
 
+def rope_type(rope: dict) -> str:
+    return rope.get("rope_type", rope.get("type", "default"))
+
+
+# The entries that each type of rotary scaling needs, beside the base.
+ROPE_ENTRIES = {
+    "default": set(),
+    "linear": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor",
+               "original_max_position_embeddings"},
+}
+
+
+def llama3_rope(rope: dict) -> tuple[float, float, int] | None:
+    """Return which rotary pairs Llama 3.1's scaling slows down; None: it is not in use."""
+    if rope_type(rope) != "llama3":
+        return None
+    return (rope["low_freq_factor"], rope["high_freq_factor"],
+            rope["original_max_position_embeddings"])
+
+
 def unsupported(c: dict) -> Iterator[str]:
     """Yield what a config.json asks for and this code cannot compute, in the words of the error."""
     if c.get("model_type") not in SUPPORTED_TYPES:
         yield f"model_type {c.get('model_type')!r} (supported: {', '.join(SUPPORTED_TYPES)})"
     if c.get("hidden_act", "silu") != "silu":
         yield f"hidden_act {c['hidden_act']!r}"
-    for name in ("attention_bias", "mlp_bias", "attention_dropout", "quantization_config"):
+    for name in ("mlp_bias", "attention_dropout", "quantization_config"):
         if c.get(name):
             yield name
     yield from unsupported_rope(rope_entries(c))
 
-    # heads that together are wider or narrower than D
-    if c.get("head_dim") not in (None, c["hidden_size"] // c["num_attention_heads"]):
-        yield f"head_dim {c['head_dim']} other than hidden_size / heads"
-    # Mistral's window does nothing in texts that fit into it
-    window = c.get("sliding_window")
+    # Mistral's window does nothing in texts that fit into it; Qwen 2 has it switched off
+    window = c.get("sliding_window") if c.get("use_sliding_window", True) else None
     if window is not None and window < context_of(c):
         yield (f"sliding_window {window} (within it attention is full: "
                "lower max_position_embeddings to it to use the model so)")
@@ -147,14 +191,12 @@ def unsupported(c: dict) -> Iterator[str]:
 
 
 def unsupported_rope(rope: dict) -> Iterator[str]:
-    """Yield what is asked of rotary positions beyond a base and a factor."""
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "linear"):
-        yield f"rope scaling of type {kind!r}"
-    expected = {"rope_type", "type", "rope_theta"}
-    if kind == "linear":
-        expected.add("factor")
-    if rope.keys() - expected:
+    """Yield what is asked of rotary positions beyond a base, a factor and Llama 3.1's scaling."""
+    kind = rope_type(rope)
+    needed = ROPE_ENTRIES.get(kind)
+    if needed is None:
+        yield f"rope scaling of type {kind!r} (supported: {', '.join(ROPE_ENTRIES)})"
+    elif rope.keys() - needed - {"rope_type", "type", "rope_theta"} or needed - rope.keys():
         yield f"rope scaling {rope}"
 
 

@@ -1,6 +1,7 @@
 """Model folders in: the weights of a model, checked before anything is read."""
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -9,6 +10,14 @@ from torch import nn
 from model import Transformer
 from weights.files import Weights
 from weights.layouts import read_config, read_weights
+
+
+def stored_dtype(path: str | Path) -> torch.dtype:
+    """Return the dtype that most of a folder's numbers are stored in."""
+    sizes: dict[torch.dtype, int] = {}
+    for source in read_weights(path).sources.values():
+        sizes[source.dtype] = sizes.get(source.dtype, 0) + math.prod(source.shape)
+    return max(sizes, key=sizes.get)
 
 
 def check_weights(model: nn.Module, weights: Weights) -> None:

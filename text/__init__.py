@@ -1,0 +1,1 @@
+"""Text and ids: tokenizers as checkpoints bring them, chat templates, both written out again."""
