@@ -1,6 +1,6 @@
 """Small checkpoints as people bring them: random weights, and a tokenizer of each kind with its files, made by transformers and tokenizers.
 
-    python tests/checkpoints.py [FOLDER ...]     print the table of docs/checkpoints.md; a FOLDER is a real checkpoint
+    python tests/checkpoints.py [FOLDER ...]     print a table of them against transformers; a FOLDER is a real checkpoint
 """
 
 import json
@@ -198,3 +198,65 @@ def texts(n: int, seed: int = 0) -> list[str]:
         words = ["".join(chr(rng.randint(first, last)) for _ in range(rng.randint(1, 8))) for _ in range(rng.randint(1, 9))]
         found.append(rng.choice(["", "", " ", "  ", "\n"]) + "".join(word + rng.choice(BETWEEN) for word in words))
     return found
+
+
+# ---------------------------------------------------------------------------------------------
+# The table
+
+DIALOGUE = [{"role": "user", "content": "What is that?\n\nSay."}, {"role": "assistant", "content": "A tree.\nOr so."},
+            {"role": "user", "content": "été: 12345 你好"}]
+
+
+def row(name: str, folder: Path, work: Path) -> list[str]:
+    """Hold one checkpoint against transformers: logits, ids of 2,000 texts, its chat template, what we write of it."""
+    import torch
+    import transformers
+
+    from data import choose_template, encode_prompt, open_tokenizer
+    from formats import Message
+    from weights import load_pretrained, save_pretrained
+
+    def logits(path: Path) -> torch.Tensor:
+        with torch.no_grad():
+            return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(tokens).logits
+
+    ours, model = open_tokenizer(folder), load_pretrained(folder)
+    other = transformers.AutoTokenizer.from_pretrained(folder)
+    tokens = torch.randint(3, 300, (2, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = model(tokens)
+    ids = "sentencepiece's own"  # of a tokenizer.model transformers guesses the merges
+    if not (folder / "tokenizer.model").exists():
+        right = [ours.encode(text) == other.encode(text, add_special_tokens=False, split_special_tokens=True) for text in texts(2000)]
+        ids = f"{sum(right)} of {len(right)} equal"
+    messages = tuple(Message(**turn) for turn in DIALOGUE)
+    chat = "brings none"
+    if ours.own.name:
+        expected = other.apply_chat_template(DIALOGUE, add_generation_prompt=True)["input_ids"]
+        chat = f"{ours.own.name}: {'equal' if encode_prompt(ours, messages, ours.own.name) == expected else 'DIFFER'}"
+    template = choose_template(ours.own.name or "plain", ours)
+    save_pretrained(model, work, ours, template=template)
+    again = transformers.AutoTokenizer.from_pretrained(work).apply_chat_template(DIALOGUE, add_generation_prompt=True)["input_ids"]
+    same = "equal" if again == encode_prompt(ours, messages, template) else "DIFFER"
+    return [name, f"{(found - logits(folder)).abs().max():.1e}", ids, chat,
+            f"logits {(found - logits(work)).abs().max():.1e}, chat {same}"]
+
+
+def main(folders: list[str]) -> None:
+    """Print the table."""
+    import tempfile
+
+    columns = ["checkpoint", "logits, largest difference", "ids of texts in 12 scripts", "its chat template's ids", "our export in transformers"]
+    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
+    with tempfile.TemporaryDirectory() as work:
+        made = {f"{name} (random weights)": make for name, make in CHECKPOINTS.items()}
+        for number, name in enumerate((*made, *folders)):
+            folder = Path(name) if name in folders else Path(work) / f"{number}"
+            if name in made:
+                folder.mkdir()
+                made[name](folder)
+            print("| " + " | ".join(row(name, folder, Path(work) / f"{number}-out")) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
