@@ -57,14 +57,18 @@ def load_json(content: bytes) -> Any:
     return json.loads(content.decode("utf-8"), object_pairs_hook=unique_keys)
 
 
+class NotOneFile(Exception):
+    """An archive that is whole, and does not hold one file to be read."""
+
+
 def unzip(content: bytes) -> bytes:
     """Return the one file in a zip archive."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         names = [name for name in archive.namelist() if not name.endswith("/")]
         if len(names) != 1:
-            raise NotImplementedError(f"holds {len(names)} files; unpack it, give those you want")
+            raise NotOneFile(f"holds {len(names)} files; unpack it, give those you want")
         if archive.getinfo(names[0]).flag_bits & 1:
-            raise NotImplementedError("needs a password; unpack it")
+            raise NotOneFile("needs a password; unpack it")
         return archive.read(names[0])
 
 
@@ -83,7 +87,7 @@ def unpack(path: str | Path, content: bytes) -> bytes:
         if content.startswith(start):
             try:
                 return unpacked(content)
-            except NotImplementedError as error:
+            except NotOneFile as error:
                 raise ValueError(f"{path}: a {kind} file that {error}") from None
             except (EOFError, OSError, ValueError, zlib.error, lzma.LZMAError,
                     zipfile.BadZipFile) as error:

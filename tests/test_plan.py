@@ -1,5 +1,6 @@
 """The plan against what real runs allocate, and against itself where it extrapolates."""
 
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -260,3 +261,18 @@ def test_bad_plans(flags, message):
     done = command(*flags)
     assert done.returncode == 2 and message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_run_that_does_not_fit_on_the_disk_is_refused(tmp_path, monkeypatch):
+    """SFT, reward and PPO of the embedded world: four bytes a weight, and twice a checkpoint of actor and critic."""
+    config = settings.parse_args([], train.STAGES)
+    shape = settings.world_shape(config)
+    actor, scalar = (planner.parameters_of(kind, shape) for kind in (Transformer, ScalarModel))
+    needed = planner.disk_bytes(config, shape, shape, 4)
+    assert needed == 4 * (3 * actor + scalar) + 2 * 12 * (actor + scalar)
+    free = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free._replace(free=needed))
+    planner.check_disk(config, tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free._replace(free=needed - 1))
+    with pytest.raises(ValueError, match="GB are free on its disk"):
+        planner.check_disk(config, tmp_path)

@@ -22,7 +22,7 @@ from text.export import sentencepiece_files
 from weights.export import save_pretrained
 from weights.files import Weights, read_safetensors, write_safetensors
 from weights.layouts import read_config, read_weights
-from weights.loading import check_weights, load_pretrained
+from weights.loading import check_weights, load_pretrained, stored_dtype
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
@@ -948,3 +948,37 @@ def test_old_checkpoints_hold_rotary_frequencies(config, tmp_path):
         file, {**tensors, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
     )
     assert torch.equal(load_pretrained(tmp_path / "model")(TOKENS), random_model(config)(TOKENS))
+
+
+@pytest.mark.parametrize(
+    "name,file,expected",
+    [
+        ("adapter", "adapter_config.json", "a LoRA adapter; merge it"),
+        ("quantised", "model-q4.gguf", "a GGUF file; give the folder"),
+        ("empty", "notes.txt", "it has no config.json"),
+    ],
+)
+def test_what_people_take_for_a_model_folder(tmp_path, name, file, expected):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / file).write_text("{}")
+    with pytest.raises(ValueError, match=expected):
+        read_config(tmp_path / name)
+
+
+def test_names_that_are_no_folders(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    with pytest.raises(ValueError, match="write /home/me/llama"):
+        read_config("~/llama")
+    with pytest.raises(ValueError, match="hf download meta-llama/Llama-3 --local-dir FOLDER"):
+        read_config("meta-llama/Llama-3")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_go_out_in_another_dtype(config, tmp_path, dtype):
+    """A float32 model in files of half the size: every number rounded once."""
+    model = random_model(config)
+    save_pretrained(model, tmp_path / "out", dtype=dtype)
+    assert stored_dtype(tmp_path / "out") == dtype
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] in str(dtype)
+    for name, tensor in read_weights(tmp_path / "out").items():
+        assert torch.equal(tensor, model.state_dict()[name].to(dtype)), name
