@@ -1,4 +1,4 @@
-"""A LLaMA and what is asked of it: logits, log-probabilities, values, scores, samples.
+"""A LLaMA: its logits, the scalars of a reward model or critic, and the decoding loop.
 
 Dimensions: B sequences, T padded tokens, N real tokens of all B rows laid end to end, M of them
 scored, D model, H query heads, K kv heads, E head size, V vocabulary, S slots of a cache, R rows
@@ -8,39 +8,39 @@ that are still being generated, C anything. Modules carry Hugging Face's names, 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Callable, Iterator, NamedTuple, Sequence
+from itertools import groupby
+from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# positions; how a token is drawn, and noise: under this module's name too, model.derive ...
+# positions; what a model says of tokens; how a token is drawn, and noise: all of it under this
+# module's name too, model.token_logprobs, model.derive ...
+from logprobs import (check_predecessors, last_scores, lay_out, token_logprobs,
+                      token_logprobs_and_entropy, token_values)
 from rotary import Rope, rope_table, rotate
 from sampling import Generation, check_lengths, choose, derive, filter_logits, row_uniforms
 
 Mask = Tensor | None                       # (B, T) bool; what None means, each docstring says
 Ends = int | Sequence[int] | None          # what ends an answer
 Stop = Callable[[list[int]], bool] | None  # is an answer over with these tokens?
+Read = Callable[[Tensor, Tensor], Any]     # (states (M, D), head (V, D)) -> what is asked of them
 
 
 # ---------------------------------------------------------------------------------------------
 # Architecture
 #
 # The grid is what callers see, packing is what runs. The real tokens are pulled out of the
-# caller's (B, T) grid into one stream of N, so that no linear layer ever touches padding. Only
-# attention sees a grid again, a compact one: every row moved to the left edge. There a column is
-# a position, and plain causal attention is right whether the caller padded left, right or both,
-# since padding only stands after the tokens that might look at it.
+# caller's (B, T) grid into one stream of N, row after row, short rows first. So no layer touches
+# padding, wherever the caller put it, and rows of one length stand together: they are a grid
+# without holes, over which attention is plain causal attention.
 #
-# So there are two index spaces, both (N,) int64 and flat, row * T + column:
-#
-#     places: where the tokens stand in the caller's grid
-#     slots:  where they stand in the compact grid
-#
-#     caller's grid    compact grid      packed   a b c d e
-#         . . a b          a b . .       places   2 3 4 5 6
-#         c d e .          c d e .       slots    0 1 4 5 6
+#     caller's grid    stream       b c | d e | a f g        two groups: 2 rows of 2, 1 row of 3
+#         a f g .      places       5 6   8 9   0 1 2        row * T + column in the caller's grid
+#         . b c .      positions    0 1   0 1   0 1 2        how many tokens of the row come before
+#         d e . .
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -78,51 +78,60 @@ class ModelConfig:
         return self.head_dim or self.dim // self.n_heads
 
 
-class Grid(NamedTuple):
-    """The compact (B, T) grid of attention, in which column = position (see model.Trunk)."""
-    batch: int
-    time: int
-    slots: Tensor | None             # (N,) int64, row * T + position; None: every slot is filled
-    mask: Tensor | None = None       # (B, 1, T, T) bool, query sees key; None: causal
-    positions: Tensor | None = None  # (B,) int64, when every row is one new token: its position
+class Group(NamedTuple):
+    """Rows of equal length, which stand together in the stream."""
+    rows: int
+    length: int
+    mask: Tensor | None = None  # (rows, 1, length, length) bool, query sees key; None: causal
 
-    def spread(self, x: Tensor) -> Tensor:
-        """Lay packed states out, (N, C) -> (B, T, C), zero where no token stands."""
-        if self.slots is not None:
-            # (N, C) -> (B * T, C)
-            x = x.new_zeros(self.batch * self.time, x.size(-1)).index_copy(0, self.slots, x)
-        return x.view(self.batch, self.time, -1)  # (B * T, C) -> (B, T, C)
 
-    def pack(self, x: Tensor) -> Tensor:
-        """Take the tokens' states off the grid again, (B, T, C) -> (N, C)."""
-        x = x.reshape(self.batch * self.time, -1)  # (B, T, C) -> (B * T, C)
-        return x if self.slots is None else x.index_select(0, self.slots)
+class Layout(NamedTuple):
+    """Where the N tokens of a stream stand."""
+    positions: Tensor                # (N,) int64, in their rows
+    groups: Sequence[Group] = ()     # the rows they make up; (): each is the newest of its row
+    rows: Tensor | None = None       # (N,) int64, rows of the cache; None: there is none
+    empty: Tensor | None = None      # (N, S) bool, slots a new token does not see; None: sees all
+    slots: int = 0                   # S, slots in use
+
+
+def lay_out_rows(tokens: Tensor, attention_mask: Mask) -> tuple[Layout, Tensor]:
+    """Return the layout of a grid's real tokens, and their places in the grid, (N,) int64."""
+    batch, time = tokens.shape
+    columns = torch.arange(time, device=tokens.device)
+    if attention_mask is None:
+        places = torch.arange(batch * time, device=tokens.device)
+        return Layout(columns.repeat(batch), [Group(batch, time)]), places
+    lengths, order = attention_mask.sum(1).sort(stable=True)  # (B,) each: short rows first
+    real = attention_mask[order]                              # (B, T), rows in the new order
+    places = (order[:, None] * time + columns)[real]
+    # a token's position is how many real tokens of its row stand before it
+    positions = (real.cumsum(1) - 1)[real]
+    sizes = torch.stack(torch.unique_consecutive(lengths, return_counts=True), dim=1)
+    groups = [Group(rows, length) for length, rows in sizes.tolist() if length]
+    return Layout(positions, groups), places
 
 
 class Cache:
-    """Keys and values of one layer, (B, K, S, E) each; slot = position."""
+    """Keys and values of one layer, (B, K, slots, E) each; slot = position."""
     keys: Tensor
     values: Tensor
 
-    def __init__(self, slots: int) -> None:
+    def __init__(self, rows: int, slots: int) -> None:
+        self.rows = rows
         self.slots = slots
 
-    def fill(self, keys: Tensor, values: Tensor) -> None:
-        """Take the prompts' keys and values, (B, K, T, E)."""
-        # empty slots behind the prompts for the tokens to come: E stays as it is, T becomes S
-        room = (0, 0, 0, self.slots - keys.size(2))
-        self.keys = F.pad(keys, room)
-        self.values = F.pad(values, room)
-
-    def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
-        """Take one token per row, (B, K, 1, E), at its position (B,) int64."""
-        rows = torch.arange(len(positions), device=positions.device)
-        # rows and positions go in pairs: in row b it is slot positions[b] that is written
-        self.keys[rows, :, positions] = keys[:, :, 0]      # (B, K, E)
-        self.values[rows, :, positions] = values[:, :, 0]  # (B, K, E)
+    def write(self, keys: Tensor, values: Tensor, layout: Layout) -> None:
+        """Take the keys and values of N tokens, (N, K, E)."""
+        if not hasattr(self, "keys"):
+            shape = self.rows, keys.size(1), self.slots, keys.size(2)
+            self.keys = values.new_zeros(shape)
+            self.values = values.new_zeros(shape)
+        # rows and positions go in pairs: in row rows[n] it is slot positions[n] that is written
+        self.keys[layout.rows, :, layout.positions] = keys.to(values.dtype)
+        self.values[layout.rows, :, layout.positions] = values
 
     def keep(self, rows: Tensor) -> None:
-        """Drop every row of the batch but these, (R,) int64."""
+        """Hold these rows of the batch, (R,) int64, and no others."""
         self.keys = self.keys[rows]
         self.values = self.values[rows]
 
@@ -154,34 +163,51 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.dim, kv_width, bias=config.qkv_bias)
         self.o_proj = nn.Linear(width, config.dim, bias=config.out_bias)
 
-    def forward(self, x: Tensor, rope: Rope, grid: Grid, cache: Cache | None) -> Tensor:
-        """Mix packed states, (N, D), along their rows; later tokens find theirs in the cache."""
-        # together, so that queries, keys and values go to the grid in one scatter instead of three
-        qkv = torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), dim=-1)
-        # (N, (H + 2K) E) -> (B, T, (H + 2K) E) -> (B, T, H + 2K, E)
-        qkv = grid.spread(qkv).unflatten(-1, (-1, self.size))
-        turning, values = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=2)
-        queries, keys = rotate(turning, rope).split((self.heads, self.kv_heads), dim=2)
-        queries = queries.transpose(1, 2)  # (B, T, H, E) -> (B, H, T, E)
-        keys = keys.transpose(1, 2)        # (B, T, K, E) -> (B, K, T, E)
-        values = values.transpose(1, 2)    # (B, T, K, E) -> (B, K, T, E)
+    def forward(self, x: Tensor, rope: Rope, layout: Layout, cache: Cache | None) -> Tensor:
+        """Mix states, (N, D), along their rows; new tokens find the older ones in the cache."""
+        turning = torch.cat((self.q_proj(x), self.k_proj(x)), dim=-1)   # (N, (H + K) E)
+        turned = rotate(turning.unflatten(-1, (-1, self.size)), rope)   # (N, H + K, E)
+        queries, keys = turned.split((self.heads, self.kv_heads), dim=1)
+        values = self.v_proj(x).unflatten(-1, (-1, self.size))          # (N, K, E)
+        if cache:
+            cache.write(keys, values, layout)
+        if layout.groups:
+            mixed = attend(queries, keys, values, layout.groups)
+        else:
+            mixed = attend_to_cache(queries, cache, layout)
+        return self.o_proj(mixed.flatten(1))  # (N, H, E) -> (N, H E) -> (N, D)
 
-        mask = grid.mask
-        if grid.positions is not None:
-            # decoding: the one query of a row sees the filled slots of that row, its own included
-            cache.append(keys, values, grid.positions)
-            keys = cache.keys      # (B, K, S, E)
-            values = cache.values  # (B, K, S, E)
-            filled = torch.arange(cache.slots, device=x.device) <= grid.positions[:, None]
-            mask = filled[:, None, None]  # (B, S) -> (B, 1 for heads, 1 for the query, S)
-        elif cache is not None:
-            cache.fill(keys, values)
 
-        # grouped queries: H / K query heads share a kv head, which the kernel does not copy
-        mixed = F.scaled_dot_product_attention(queries, keys, values, mask, is_causal=mask is None,
-                                               enable_gqa=self.kv_heads != self.heads)
-        # (B, H, T, E) -> (B, T, H, E) -> (B, T, H E) -> (N, H E) -> (N, D)
-        return self.o_proj(grid.pack(mixed.transpose(1, 2).flatten(2)))
+def attend(queries: Tensor, keys: Tensor, values: Tensor, groups: Sequence[Group]) -> Tensor:
+    """Let every token look at its row up to itself: (N, H, E), (N, K, E) twice -> (N, H, E)."""
+    # a CPU is half as fast at the backward of attention in bfloat16 as in float32
+    dtype = torch.float32 if values.device.type == "cpu" else values.dtype
+    sizes = [group.rows * group.length for group in groups]
+    parts = zip(groups, *(x.to(dtype).split(sizes) for x in (queries, keys, values)))
+    mixed = []
+    with torch.autocast(queries.device.type, enabled=False):
+        for (rows, length, mask), *part in parts:
+            # (rows * length, H or K, E) -> (rows, H or K, length, E)
+            grid = [x.unflatten(0, (rows, length)).transpose(1, 2) for x in part]
+            # grouped queries: H / K query heads share a kv head, which the kernel does not copy
+            out = F.scaled_dot_product_attention(*grid, attn_mask=mask, is_causal=mask is None,
+                                                 enable_gqa=queries.size(1) != keys.size(1))
+            mixed.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(mixed).to(values.dtype)
+
+
+def attend_to_cache(queries: Tensor, cache: Cache, layout: Layout) -> Tensor:
+    """Let each row's newest token look at its row: (R, H, E) -> (R, H, E)."""
+    keys = cache.keys[:, :, :layout.slots]      # (R, K, S, E)
+    values = cache.values[:, :, :layout.slots]  # (R, K, S, E)
+    # Two products in place of the fused kernel, which is made for many queries per row: for one,
+    # it is slower (13 times on a CPU in bfloat16). The H / K heads that share a kv head are to it
+    # as many queries: (R, H, E) -> (R, K, H / K, E).
+    grouped = queries.to(keys.dtype).unflatten(1, (keys.size(1), -1)) * queries.size(-1) ** -0.5
+    logits = (grouped @ keys.transpose(-1, -2)).float()  # (R, K, H / K, S)
+    if layout.empty is not None:
+        logits = logits.masked_fill(layout.empty[:, None, None], -torch.inf)
+    return (logits.softmax(-1).to(values.dtype) @ values).flatten(1, 2)
 
 
 class FeedForward(nn.Module):
@@ -207,9 +233,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = FeedForward(config)
 
-    def forward(self, x: Tensor, rope: Rope, grid: Grid, cache: Cache | None) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, layout: Layout, cache: Cache | None) -> Tensor:
         # each half reads a normed copy and adds to the stream, which is itself never normed
-        x = x + self.self_attn(self.input_layernorm(x), rope, grid, cache)
+        x = x + self.self_attn(self.input_layernorm(x), rope, layout, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -224,37 +250,27 @@ class Trunk(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, tokens: Tensor, attention_mask: Mask) -> tuple[Tensor, Tensor | None]:
-        """Return the hidden states (N, D) of the real tokens, and their places; None: all."""
-        batch, time = tokens.shape
-        places = slots = None
-        flat = tokens.flatten()  # (B, T) -> (B * T,)
-        if attention_mask is not None:
-            places = attention_mask.flatten().nonzero()[:, 0]
-            flat = flat[places]  # (B * T,) -> (N,)
-            # a token's position is how many real tokens of its row stand before it
-            positions = (attention_mask.cumsum(1) - 1).flatten()[places]
-            slots = places // time * time + positions
-        rope = rope_table(torch.arange(time, device=tokens.device), self.config)
-        return self.run(flat, rope, Grid(batch, time, slots)), places
+    def forward(self, tokens: Tensor, attention_mask: Mask) -> tuple[Tensor, Tensor]:
+        """Return the hidden states (N, D) of the real tokens, and their places (N,)."""
+        layout, places = lay_out_rows(tokens, attention_mask)
+        flat = tokens.flatten()[places]  # (B * T,) -> (N,)
+        return self.run(flat, layout), places
 
-    def run(self, flat: Tensor, rope: Rope, grid: Grid,
-            caches: Sequence[Cache] | None = None) -> Tensor:
-        """Map packed tokens (N,) to hidden states (N, D), through the caches when there are any."""
+    def run(self, flat: Tensor, layout: Layout, caches: Sequence[Cache] | None = None) -> Tensor:
+        """Map a stream of tokens (N,) to hidden states (N, D), through caches if there are any."""
+        rope = rope_table(layout.positions, self.config)
         x = self.embed_tokens(flat)
         for i, layer in enumerate(self.layers):
             cache = caches[i] if caches else None
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(layer, x, rope, grid, cache, use_reentrant=False)
+                x = checkpoint(layer, x, rope, layout, cache, use_reentrant=False)
             else:
-                x = layer(x, rope, grid, cache)
+                x = layer(x, rope, layout, cache)
         return self.norm(x)
 
 
-def unpack(x: Tensor, shape: torch.Size, places: Tensor | None) -> Tensor:
+def unpack(x: Tensor, shape: torch.Size, places: Tensor) -> Tensor:
     """Lay outputs, (N, C), out on the caller's grid, (B, T, C), zero where there is no token."""
-    if places is None:
-        places = torch.arange(shape.numel(), device=x.device)
     where = (places // shape[1], places % shape[1])  # rows and columns
     # written into a fresh grid of the full shape: FSDP wants no view from a forward
     return x.new_zeros(*shape, x.size(-1)).index_put(where, x)
@@ -271,20 +287,25 @@ class Transformer(nn.Module):
         if config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, tokens: Tensor, attention_mask: Mask = None, where: Mask = None) -> Tensor:
+    def forward(self, tokens: Tensor, attention_mask: Mask = None, where: Mask = None,
+                read: Read | None = None) -> Any:
         """Compute next-token logits.
 
         tokens: (B, T) int64; what stands in padded places does not matter.
         attention_mask: (B, T) bool, True = real token, contiguous in its row; None: all real.
         where: (B, T) bool, a subset of the real tokens: only their logits are computed.
-        Returns: (B, T, V) logits, zero where padded; with `where` (M, V), in reading order.
+        read: makes something else than logits of the (M, D) states at `where` and the (V, D) head.
+        Returns: (B, T, V) logits, zero where padded; with `where` (M, V), in reading order; with
+            `read` what that returns.
         """
         hidden, places = self.model(tokens, attention_mask)
         if where is None:
             return unpack(self.lm_head(hidden), tokens.shape, places)
         # logits of all tokens would be the largest tensor of the program: a loss names its own
-        wanted = where.flatten() if places is None else where.flatten()[places]  # (N,) bool
-        return self.lm_head(hidden[wanted.nonzero()[:, 0]])  # (N, D) -> (M, D) -> (M, V)
+        stands = torch.zeros_like(tokens).flatten()  # (B * T,): where in the stream a token is
+        stands[places] = torch.arange(len(places), device=places.device)
+        states = hidden[stands[where.flatten()]]     # (N, D) -> (M, D)
+        return read(states, self.lm_head.weight) if read else self.lm_head(states)
 
 
 class ScalarModel(nn.Module):
@@ -308,83 +329,6 @@ class ScalarModel(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------
-# The one shift: what a model says at t - 1 speaks of token t
-#
-# A model that has read tokens 0 .. t - 1 says at t - 1 what comes next. The algorithm, though,
-# keeps everything about token t in column t: its log-probability, and the value of the state in
-# which it was chosen. These functions cross from one way of counting to the other, and nothing
-# outside of them shifts anything.
-
-def check_predecessors(response_mask: Tensor) -> None:
-    """Raise ValueError if the first token of a row, which nothing predicts, is to be scored."""
-    if response_mask[:, 0].any():
-        raise ValueError("the first token of a row has no predecessor, so nothing predicts it")
-
-
-def response_distributions(model: nn.Module | Tensor, tokens: Tensor, attention_mask: Mask,
-                           response_mask: Mask, temperature: float) -> tuple[Tensor, Tensor]:
-    """Return the log-distributions, (M, V), of M tokens, and the (B, T) mask of these."""
-    if response_mask is None:
-        # all real tokens but the first of each row, which is the first that the mask counts
-        real = torch.ones_like(tokens).bool() if attention_mask is None else attention_mask
-        response_mask = real & (real.cumsum(1) > 1)
-    check_predecessors(response_mask)
-    where = response_mask.roll(-1, dims=1)  # from the tokens to the positions that predict them
-    logits = model[where] if isinstance(model, Tensor) else model(tokens, attention_mask, where)
-    # float32 before the softmax, always: in bfloat16 log-probabilities are off by up to 0.03
-    return F.log_softmax(logits.float() / temperature, dim=-1), response_mask
-
-
-def lay_out(values: Tensor, mask: Tensor) -> Tensor:
-    """Put the values of a mask's True places, (M,), back on the (B, T) grid; zero elsewhere."""
-    return values.new_zeros(mask.shape).masked_scatter(mask, values)
-
-
-def token_logprobs(model: nn.Module | Tensor, tokens: Tensor, attention_mask: Mask = None,
-                   response_mask: Mask = None, temperature: float = 1.0) -> Tensor:
-    """Score tokens under softmax(logits / temperature).
-
-    model: a Transformer, or its logits (B, T, V).
-    tokens: (B, T) int64.   attention_mask: (B, T) bool, True = real token; None: all real.
-    response_mask: (B, T) bool, tokens to score; None: every real token but the first of its row.
-    Returns: (B, T) float32, log-probability of token t given those before it [nats], else 0.
-    """
-    distributions, scored = response_distributions(model, tokens, attention_mask, response_mask,
-                                                   temperature)
-    chosen = distributions.gather(1, tokens[scored][:, None])  # (M, V) -> (M, 1)
-    return lay_out(chosen[:, 0], scored)
-
-
-def token_logprobs_and_entropy(model: nn.Module | Tensor, tokens: Tensor,
-                               attention_mask: Mask = None, response_mask: Mask = None,
-                               temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Do `token_logprobs`, and return alike the entropy each token was drawn with [nats]."""
-    distributions, scored = response_distributions(model, tokens, attention_mask, response_mask,
-                                                   temperature)
-    chosen = distributions.gather(1, tokens[scored][:, None])  # (M, V) -> (M, 1)
-    entropy = -(distributions.exp() * distributions).sum(-1)   # (M, V) -> (M,)
-    return lay_out(chosen[:, 0], scored), lay_out(entropy, scored)
-
-
-def token_values(critic: nn.Module, tokens: Tensor, attention_mask: Mask,
-                 response_mask: Tensor) -> Tensor:
-    """Return (B, T) float32: the value of the state before token t, zero outside the response."""
-    check_predecessors(response_mask)
-    # the critic's word after token t - 1, moved from column t - 1 to t; what the roll carries
-    # around from the last column to the first is no value of anything, and masked
-    return critic(tokens, attention_mask).roll(1, dims=1).where(response_mask, 0.0)
-
-
-def last_scores(reward_model: nn.Module, tokens: Tensor, attention_mask: Tensor) -> Tensor:
-    """Return (B,) float32: the scalar at each row's last real token, wherever the padding is."""
-    # no shift here: the score is of all that was read, the last token included
-    scalars = reward_model(tokens, attention_mask)
-    columns = torch.arange(tokens.size(1), device=tokens.device)
-    last = columns.where(attention_mask, -1).amax(1, keepdim=True)  # (B, T) -> (B, 1)
-    return scalars.gather(1, last)[:, 0]
-
-
-# ---------------------------------------------------------------------------------------------
 # Sampling: the loop. How a token is drawn stands in sampling.py.
 
 class Step(NamedTuple):
@@ -396,12 +340,12 @@ class Step(NamedTuple):
 
 @torch.no_grad()
 def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int,
-             temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
+             temperature: float | Sequence[float] = 1.0, top_k: int = 0, top_p: float = 1.0,
              eos_id: Ends = None, seed: int = 0, rows: Sequence[int] | None = None,
              batch_size: int = 1024, stop: Stop = None) -> Generation:
     """Continue every prompt until its EOS or max_new_tokens.
 
-    temperature: 0.0 is greedy.   eos_id: one id or several; None never stops.
+    temperature: of all, or one per prompt; 0.0 is greedy.   eos_id: one id or several; None: never.
     rows: global index of each prompt (default 0..B-1): the noise of a row depends on (seed, its
         index), so neither batch nor rank count changes a sample.
     batch_size: prompts generated at once, which bounds the cache's memory.
@@ -411,11 +355,12 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int,
     if prompts:
         check_lengths(prompts, max_new_tokens, model.config.max_seq_len)
     rows = range(len(prompts)) if rows is None else rows
+    temperatures = torch.tensor(temperature).expand(len(prompts))
     for start in range(0, len(prompts), batch_size):
         batch = slice(start, start + batch_size)
         noise = row_uniforms(seed, rows[batch], max_new_tokens)
-        steps = generation_steps(model, prompts[batch], max_new_tokens, temperature, top_k, top_p,
-                                 eos_id, noise, stop)
+        steps = generation_steps(model, prompts[batch], max_new_tokens, temperatures[batch], top_k,
+                                 top_p, eos_id, noise, stop)
         # a list, so that all steps run first: to read numbers is to wait for the device
         for step in list(steps):
             for row, token, logprob in zip(*(column.tolist() for column in step)):
@@ -425,14 +370,18 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int,
 
 
 def generation_steps(model: Transformer, prompts: list[list[int]], max_new_tokens: int,
-                     temperature: float, top_k: int, top_p: float, eos_id: Ends,
+                     temperature: float | Tensor, top_k: int, top_p: float, eos_id: Ends,
                      noise: Tensor, stop: Stop = None) -> Iterator[Step]:
-    """Yield token after token of all prompts; noise: (B, max_new_tokens) float32 in [0, 1)."""
+    """Yield token after token of all prompts.
+
+    noise: (B, max_new_tokens) float32 in [0, 1).   temperature: of all, or (B,) float32.
+    """
     device = model.lm_head.weight.device
     noise = noise.to(device)
+    temperatures = torch.as_tensor(temperature, device=device).expand(len(prompts))
     ends = None if eos_id is None else torch.tensor(eos_id, device=device)  # () or (ids,)
     lengths = [len(prompt) for prompt in prompts]
-    logits, caches = prefill(model, prompts, lengths, max(lengths) + max_new_tokens)
+    logits, caches = prefill(model, prompts, max(lengths) + max_new_tokens)
     # The batch holds some of the prompts, and some of its rows may have ended. To drop these
     # copies the cache, so it waits until it pays; then the tail of long answers is cheap.
     rows = torch.arange(len(prompts), device=device)  # which prompts the batch holds
@@ -441,7 +390,7 @@ def generation_steps(model: Transformer, prompts: list[list[int]], max_new_token
     written = torch.zeros_like(noise, dtype=torch.int64)  # the answers so far, for `stop`
     for n in range(max_new_tokens):
         # 1. a token for every row of the batch, by the noise of its prompt
-        tokens, logprobs = choose(logits, noise[rows, n], temperature, top_k, top_p)
+        tokens, logprobs = choose(logits, noise[rows, n], temperatures[rows], top_k, top_p)
         yield Step(rows[active], tokens[active], logprobs[active])
         if n + 1 == max_new_tokens:
             return
@@ -465,24 +414,34 @@ def generation_steps(model: Transformer, prompts: list[list[int]], max_new_token
             active = torch.arange(len(rows), device=device)
 
         # 3. the model reads it, the tokens before it stand in the cache
-        rope = rope_table(positions[:, None], model.config)  # (B,) -> (B, T = 1): each row its own
-        grid = Grid(len(tokens), 1, None, None, positions)
-        logits = model.lm_head(model.model.run(tokens, rope, grid, caches))
+        slots = max(lengths) + n + 1
+        empty = None
+        if min(lengths) < max(lengths):
+            empty = torch.arange(slots, device=device) > positions[:, None]  # (R, S)
+        batch = torch.arange(len(rows), device=device)
+        layout = Layout(positions, (), batch, empty, slots)
+        logits = model.lm_head(model.model.run(tokens, layout, caches))
         positions = positions + 1
 
 
-def prefill(model: Transformer, prompts: list[list[int]], lengths: list[int],
-            slots: int) -> tuple[Tensor, list[Cache]]:
+def prefill(model: Transformer, prompts: list[list[int]], slots: int) -> tuple[Tensor, list[Cache]]:
     """Read the prompts; return the logits after each one's last token, (B, V), and the caches."""
-    # the prompts are packed already, and their compact grid is written down from their lengths
     device = model.lm_head.weight.device
-    time = max(lengths)
-    stands = [row * time + t for row, length in enumerate(lengths) for t in range(length)]
-    grid = Grid(len(prompts), time, torch.tensor(stands, device=device))
-    flat = torch.tensor([token for prompt in prompts for token in prompt], device=device)
-    caches = [Cache(slots) for _ in model.model.layers]
-    rope = rope_table(torch.arange(time, device=device), model.config)
-    hidden = model.model.run(flat, rope, grid, caches)
+    # a prompt that is asked several times is read once; short ones first, as in every stream
+    unique = sorted(dict.fromkeys(map(tuple, prompts)), key=len)
+    groups = [Group(len(list(same)), length) for length, same in groupby(map(len, unique))]
+    flat, rows, positions = torch.tensor([(token, row, position)
+                                          for row, prompt in enumerate(unique)
+                                          for position, token in enumerate(prompt)],
+                                         device=device).unbind(1)
+    caches = [Cache(len(unique), slots) for _ in model.model.layers]
+    hidden = model.model.run(flat, Layout(positions, groups, rows), caches)
     # each prompt's last token, by its index in the stream of N
-    ends = torch.tensor(lengths, device=device).cumsum(0) - 1
-    return model.lm_head(hidden[ends]), caches  # (N, D) -> (B, D) -> (B, V)
+    ends = torch.tensor(list(map(len, unique)), device=device).cumsum(0) - 1
+    logits = model.lm_head(hidden[ends])  # (N, D) -> (unique, D) -> (unique, V)
+    # back to the prompts as they were asked, each with a row of the cache of its own
+    place = {prompt: row for row, prompt in enumerate(unique)}
+    asked = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=device)
+    for cache in caches:
+        cache.keep(asked)
+    return logits[asked], caches

@@ -17,8 +17,7 @@ and updates are handed in: nothing here knows of ranks, optimizers or files. Aft
 holds the rollout of all ranks, so whitening, KL control and all statistics are global.
 
 Where the paper is silent or practice differs:
- 1  old log-probabilities come from the training forward, not from the sampler, so the first ratio
-    is exactly 1; the sampler's own are compared with them in `rollout_logprob_diff`
+ 1  old log-probabilities come from the training forward, so the first ratio is 1 (rollout.py)
  2  the score is added at the EOS itself (TRL: one past it), or at the last token when cut off
  3  advantages are whitened once, over the rollout of all ranks, not per rank or micro-batch
  4  the variance is the population's; the value loss has its factor 1/2; nothing is clamped silently
@@ -399,7 +398,8 @@ def actor_loss(actor: nn.Module, batch: Rollout, config: PPOConfig,
         actor, batch.tokens, batch.attention_mask, mask, config.temperature)
     loss, stats = policy_loss(new_logprobs, batch.logprobs, batch.advantages, mask,
                               config.clip_range, batch.weights)
-    loss = loss - config.entropy_coef * (entropy * batch.weights).sum()
+    if config.entropy_coef:  # else its gradient, as large as the logits, is never made
+        loss = loss - config.entropy_coef * (entropy * batch.weights).sum()
     # in the loss the penalty has a gradient of its own, and is not mixed into the advantages
     if config.kl_in == "loss":
         kl = kl_penalty(new_logprobs, batch.ref_logprobs.where(mask, 0.0), config.kl_kind)

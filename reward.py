@@ -46,7 +46,7 @@ class RewardConfig:
     in_domain_share: float = 0.7        # of these prompts (embedded world)
     temperatures: tuple[float, ...] = (0.7, 1.0, 1.0, 1.0, 1.3)  # the paper's 5 decoding settings
     top_p: float = 1.0                  # nucleus for these responses
-    generation_batch: int = 1024        # prompts sampled at once, per rank
+    generation_batch: int = 1024        # responses sampled at once, per rank
     noise: float = 0.05                 # deviation of a function's error as annotator [its units]
     holdout: float = 0.1                # share of the ranked prompts kept for measuring accuracy
     epochs: float = 2.0                 # passes over the rankings
@@ -149,13 +149,11 @@ def sample(model: Transformer, prompts: Sequence[list[int]], rows: Sequence[int]
     """
     # response g of prompt `row` is number row * size + g of all: no two share their noise
     size = len(config.temperatures)
-    columns = []  # one per decoding setting, each with a response to every prompt
-    for g, temperature in enumerate(config.temperatures):
-        drawn = generate(model, list(prompts), max_new_tokens, temperature, top_p=config.top_p,
-                         eos_id=eos_ids, seed=seed, rows=[row * size + g for row in rows],
-                         batch_size=config.generation_batch)
-        columns.append(drawn.tokens)
-    return [list(responses) for responses in zip(*columns)]
+    drawn = generate(model, [prompt for prompt in prompts for _ in range(size)], max_new_tokens,
+                     list(config.temperatures) * len(prompts), top_p=config.top_p, eos_id=eos_ids,
+                     seed=seed, rows=[row * size + g for row in rows for g in range(size)],
+                     batch_size=config.generation_batch)
+    return [drawn.tokens[start:start + size] for start in range(0, len(drawn.tokens), size)]
 
 
 # ---------------------------------------------------------------------------------------------

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Rope = tuple[Tensor, Tensor]  # cos, sin of rotary angles, (B or 1, T, 1, E/2) each, float32
+Rope = tuple[Tensor, Tensor]  # cos, sin of rotary angles, (N, 1, E/2) each, float32
 
 
 def rope_table(positions: Tensor, config: Any) -> Rope:
-    """Return cos and sin of the rotary angles, (..., 1, E/2) float32, at positions (...) int64.
+    """Return cos and sin of the rotary angles, (N, 1, E/2) float32, at positions (N,) int64.
 
     config: a model.ModelConfig.   Source: Su et al. 2021, eq. 34, with the halves of E as pairs
         (Hugging Face's weight layout); scaling: Chen et al. 2023, and Llama 3.1's own code.
@@ -32,13 +32,13 @@ def rope_table(positions: Tensor, config: Any) -> Rope:
         own = config.rope_theta ** exponent
         share = ((context / (2 * math.pi * own) - low) / (high - low)).clamp(0, 1)
         periods = 1 / (share / own + (1 - share) / periods)
-    angles = positions[..., None, None].float() / periods          # (..., 1, E/2), for any head
+    angles = positions[..., None, None].float() / periods          # (N, 1, E/2), for any head
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Rotate queries or keys, (B, T, heads, E), by their positions."""
+    """Rotate queries or keys, (N, heads, E), by their positions; return float32."""
     cos, sin = rope
     # in float32, as the angles are: rounded to bfloat16, neighbouring positions would blur
-    a, b = x.float().chunk(2, dim=-1)  # (B, T, heads, E/2) each: pair i is (a[i], b[i])
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    a, b = x.float().chunk(2, dim=-1)  # (N, heads, E/2) each: pair i is (a[i], b[i])
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)

@@ -72,22 +72,25 @@ def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     return logits
 
 
-def choose(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int,
+def choose(logits: Tensor, uniforms: Tensor, temperature: float | Tensor, top_k: int,
            top_p: float) -> tuple[Tensor, Tensor]:
     """Pick one token per row by inverting the cumulative distribution at uniforms (B,) in [0, 1).
 
-    logits: (B, V).   Returns: (B,) int64; (B,) float32 log-probabilities before top-k and top-p.
+    logits: (B, V).   temperature: of all rows, or (B,); 0: the likeliest token.
+    Returns: (B,) int64; (B,) float32 log-probabilities before top-k and top-p.
     """
     # in float32, and at the temperature at which PPO scores the same tokens later
-    logits = logits.float() / (temperature or 1.0)
-    if temperature == 0.0:
-        tokens = logits.argmax(-1)
-    else:
-        cdf = filter_logits(logits, top_k, top_p).softmax(-1).cumsum(-1)
-        # the smallest token whose cumulated probability exceeds the uniform; scaled by the total,
-        # else rounding in the sum could select past the last possible token
-        thresholds = uniforms[:, None] * cdf[:, -1:]  # (B, 1)
-        tokens = torch.searchsorted(cdf, thresholds, right=True)[:, 0]
-        tokens = tokens.clamp(max=logits.size(-1) - 1)
-    logprobs = logits.log_softmax(-1).gather(1, tokens[:, None])  # (B, V) -> (B, 1)
-    return tokens, logprobs[:, 0]
+    temperature = torch.as_tensor(temperature, device=logits.device).expand(len(logits))[:, None]
+    is_greedy = temperature == 0                                         # (B, 1)
+    logits = logits.float() / temperature.masked_fill(is_greedy, 1.0)
+    logprobs = logits.log_softmax(-1)
+    # the cumulative distribution takes the one softmax there is, unless a filter changes it
+    is_filtered = top_k > 0 or top_p < 1.0
+    kept = filter_logits(logits, top_k, top_p).log_softmax(-1) if is_filtered else logprobs
+    cdf = kept.exp().cumsum(-1)
+    # the smallest token whose cumulated probability exceeds the uniform; scaled by the total,
+    # else rounding in the sum could select past the last possible token
+    thresholds = uniforms[:, None] * cdf[:, -1:]                         # (B, 1)
+    drawn = torch.searchsorted(cdf, thresholds, right=True).clamp(max=logits.size(-1) - 1)
+    tokens = torch.where(is_greedy, logits.argmax(-1, keepdim=True), drawn)
+    return tokens[:, 0], logprobs.gather(1, tokens)[:, 0]                # (B, V) -> (B, 1) -> (B,)

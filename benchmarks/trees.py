@@ -4,7 +4,7 @@
 """
 from __future__ import annotations
 
-from itertools import accumulate
+from itertools import accumulate, chain, groupby
 from typing import Iterator, NamedTuple, Sequence
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.items import Likelihood
 from benchmarks.questions import Request
-from model import Grid, Transformer, rope_table
+from model import Group, Layout, Transformer
 
 LOGITS_ROWS = 1024          # positions whose logits over the vocabulary are held at once
 
@@ -107,12 +107,6 @@ def grow_tree(requests: dict[int, Request], inputs: Sequence[list[int]], common:
     return tree
 
 
-def grid(rows: Sequence[list[int]], device: torch.device) -> Tensor:
-    """Pad rows of numbers with zeros on the right: (B, T) int64."""
-    time = max(map(len, rows))
-    return torch.tensor([row + [0] * (time - len(row)) for row in rows], device=device)
-
-
 def tree_mask(branches: Tensor) -> Tensor | None:
     """Return which key each query sees, (B, 1, T, T) bool, for branches (B, T); None: causal."""
     if not branches.any():
@@ -129,19 +123,18 @@ def tree_mask(branches: Tensor) -> Tensor | None:
 def read_trees(model: Transformer, trees: Sequence[Tree]) -> dict[int, Likelihood]:
     """Return the likelihood of every request of the trees, by its index."""
     device = model.lm_head.weight.device
-    tokens = grid([tree.tokens for tree in trees], device)              # (B, T)
-    positions = grid([tree.positions for tree in trees], device)        # (B, T)
-    mask = tree_mask(grid([tree.branches for tree in trees], device))
-    lengths = torch.tensor([len(tree.tokens) for tree in trees], device=device)
-    is_token = torch.arange(tokens.size(1), device=device) < lengths[:, None]
-    valid = is_token.flatten().nonzero()[:, 0]                          # (N,) slots with a token
+    trees = sorted(trees, key=lambda tree: len(tree.tokens))            # as every stream stands
+    groups = []
+    for length, same in groupby(trees, lambda tree: len(tree.tokens)):
+        branches = torch.tensor([tree.branches for tree in same], device=device)    # (rows, T)
+        groups.append(Group(len(branches), length, tree_mask(branches)))
+    flat, positions = (
+        torch.tensor(list(chain.from_iterable(rows)), device=device)                # (N,)
+        for rows in ([tree.tokens for tree in trees], [tree.positions for tree in trees])
+    )
+    hidden = model.model.run(flat, Layout(positions, groups))           # (N, D)
 
-    # (B, T) -> (N,): the model computes the tokens packed, without the padding
-    packed = Grid(tokens.size(0), tokens.size(1), valid, mask)
-    rope = rope_table(positions, model.config)
-    hidden = model.model.run(tokens.flatten()[valid], rope, packed)     # (N, D)
-
-    # A tree's slots follow one another in the packed row, so a read's place is the tree's start
+    # A tree's slots follow one another in the stream, so a read's place is the tree's start
     # plus its slot.
     starts = accumulate((len(tree.tokens) for tree in trees), initial=0)
     reads = [

@@ -227,17 +227,19 @@ def parameters_of(kind: type[nn.Module], shape: ModelConfig) -> int:
 
 
 def shard_bytes(
-    kind: type[nn.Module], shape: ModelConfig, machine: Machine, dtype: torch.dtype
+    kind: type[nn.Module], shape: ModelConfig, machine: Machine, frozen: bool
 ) -> int:
     """Return the bytes of rank 0's shards."""
     with torch.device("meta"):
-        parameters = list(kind(shape).parameters())
+        model = kind(shape)
+    if frozen:
+        parallel.cast_frozen(model, machine)
     total = 0
-    for parameter in parameters:
+    for parameter in model.parameters():
         # FSDP splits rows and rounds up: (rows, ...) -> (ceil(rows / shards), ...)
         rows = -(-parameter.size(0) // machine.shards)
-        total += rows * (parameter.numel() // parameter.size(0))
-    return total * dtype.itemsize
+        total += rows * (parameter.numel() // parameter.size(0)) * parameter.dtype.itemsize
+    return total
 
 
 def has_reward_model(config: Config) -> bool:
@@ -289,9 +291,7 @@ class Planner:
         """
         if frozen and self.config.parallel.offload_frozen:
             return 0
-        is_cast = frozen and self.machine.world > 1
-        dtype = self.machine.dtype if is_cast else torch.float32
-        return shard_bytes(kind, shape, self.machine, dtype)
+        return shard_bytes(kind, shape, self.machine, frozen)
 
     def train(
         self, kind: type[nn.Module], shape: ModelConfig, count: int, loss: MicroBatch
@@ -320,7 +320,7 @@ class Planner:
             # (batch prompts x group responses, time): all responses of a prompt in one forward
             mask = torch.zeros(batch * group, self.time, dtype=torch.bool)
             ranks = torch.zeros(batch, group)
-            loss_sum, _ = reward.loss(model, reward.Batch(mask.long(), mask, ranks))
+            loss_sum, _ = reward.loss(model, reward.Batch(mask.long(), None, ranks))
             return loss_sum
 
         return self.train(ScalarModel, self.judge, batch * group * self.time, loss)

@@ -7,6 +7,7 @@ import numpy
 import pytest
 import torch
 
+import logprobs
 from model import (
     RMSNorm,
     ScalarModel,
@@ -17,6 +18,7 @@ from model import (
     generate,
     generation_steps,
     last_scores,
+    lay_out_rows,
     prefill,
     rope_table,
     rotate,
@@ -208,6 +210,74 @@ def test_logits_become_float32_before_the_softmax():
     torch.testing.assert_close(logprobs[:, 1:].double(), expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 7, 100])
+@pytest.mark.parametrize("read", ["logprobs", "entropy", "both"])
+def test_logits_in_chunks_give_autograds_gradients(monkeypatch, rows, read):
+    """7 tokens in chunks of so many rows, against a log-softmax in float64."""
+    monkeypatch.setattr(logprobs, "CHUNK", rows * 61 + 5)
+    g = torch.Generator().manual_seed(0)
+    states, head = torch.randn(7, 16, generator=g), torch.randn(61, 16, generator=g)
+    targets = torch.randint(0, 61, (7,), generator=g)
+    by_logprob, by_entropy = torch.randn(2, 7, generator=g)
+
+    def loss(chosen, entropy):
+        return {
+            "logprobs": (chosen * by_logprob).sum(),
+            "entropy": (entropy * by_entropy).sum(),
+            "both": (chosen * by_logprob + entropy * by_entropy).sum(),
+        }[read]
+
+    inputs = [states.double().requires_grad_(), head.double().requires_grad_()]
+    exact = (inputs[0] @ inputs[1].T / 0.7).log_softmax(-1)
+    expected = exact[range(7), targets], -(exact.exp() * exact).sum(-1)
+    gradients = torch.autograd.grad(loss(*expected), inputs)
+
+    ours = [states.requires_grad_(), head.requires_grad_()]
+    found = logprobs.read_logprobs(*ours, targets, 0.7, with_entropy=True)
+    for x, y in zip(found, expected):
+        torch.testing.assert_close(x, y.float(), atol=1e-5, rtol=1e-5)
+    for x, y in zip(torch.autograd.grad(loss(*found), ours), gradients):
+        torch.testing.assert_close(x, y.float(), atol=1e-5, rtol=1e-5)
+
+
+def test_chunks_under_autocast(monkeypatch):
+    """bfloat16 products, float32 sums: as near to float32 as bfloat16 can be, in any chunks."""
+    g = torch.Generator().manual_seed(0)
+    states, head = torch.randn(64, 32, generator=g), torch.randn(61, 32, generator=g)
+    targets = torch.randint(0, 61, (64,), generator=g)
+    gradients = {}
+    for name, chunk, is_cast in (("exact", 10**6, False), ("one", 10**6, True), ("many", 300, True)):
+        monkeypatch.setattr(logprobs, "CHUNK", chunk)
+        inputs = [states.clone().requires_grad_(), head.clone().requires_grad_()]
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_cast):
+            found, _ = logprobs.read_logprobs(*inputs, targets, 1.0, with_entropy=False)
+        assert found.dtype == torch.float32
+        gradients[name] = torch.autograd.grad(found.sum(), inputs)
+    for i in range(2):
+        exact, one, many = (gradients[name][i] for name in ("exact", "one", "many"))
+        assert one.dtype == torch.float32
+        assert 1e-4 < (one - exact).norm() / exact.norm() < 0.02
+        assert (many - one).norm() / exact.norm() < 0.01
+
+
+def test_rows_in_any_order_and_lengths_in_any_mix(actor):
+    """The stream puts short rows first; the grid that comes back is the caller's."""
+    lengths = [5, 1, 9, 5, 12, 1, 9, 9]
+    tokens = torch.randint(3, 61, (8, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(12) < torch.tensor(lengths)[:, None]
+    mask[4::2] = mask[4::2].flip(1)  # some are padded on the left
+    layout, places = lay_out_rows(tokens, mask)
+    assert [(group.rows, group.length) for group in layout.groups] == [(2, 1), (2, 5), (3, 9), (1, 12)]
+    assert sorted(places.tolist()) == mask.flatten().nonzero()[:, 0].tolist()
+    logits = actor(tokens, mask)
+    for row, length in enumerate(lengths):
+        alone = actor(tokens[row][mask[row]][None])[0]
+        torch.testing.assert_close(logits[row][mask[row]], alone, atol=1e-5, rtol=1e-5)
+    where = mask & (torch.arange(12) % 2 == 0)
+    torch.testing.assert_close(actor(tokens, mask, where), logits[where], atol=1e-6, rtol=1e-6)
+    assert logits[~mask].abs().max() == 0
+
+
 @pytest.mark.line(15, 22)
 def test_norm_is_computed_in_float32():
     norm, x = (
@@ -329,7 +399,7 @@ def test_generation_ends_with_eos_included(actor):
 def test_generation_has_read_the_whole_prompt(actor):
     """Two prompts that differ in nothing but their last token, alone and in a ragged batch."""
     prompts = [[1, 5, 9], [1, 5, 10], [7], [1, 7, 7, 7, 30, 2, 8]]
-    logits, _ = prefill(actor, prompts, [len(prompt) for prompt in prompts], 20)
+    logits, _ = prefill(actor, prompts, 20)
     out = generate(actor, prompts, 3, seed=2)
     for i, prompt in enumerate(prompts):
         whole = actor(torch.tensor([prompt]))[0, -1]
@@ -337,6 +407,18 @@ def test_generation_has_read_the_whole_prompt(actor):
         expected = whole.log_softmax(-1)[out.tokens[i][0]].item()
         assert out.logprobs[i][0] == pytest.approx(expected, abs=1e-5)
     assert (logits[0] - logits[1]).abs().max() > 0.1
+
+
+def test_a_prompt_that_is_asked_several_times(actor):
+    """Read once, and answered as if it had been asked alone, at any temperature."""
+    prompts = [*PROMPTS, *PROMPTS[:2], *PROMPTS]
+    temperatures = [1.0, 0.5, 1.3, 0.0, 2.0, 1.1, 1.0, 0.7]
+    together = generate(actor, prompts, 12, temperatures, seed=3)
+    for i, prompt in enumerate(prompts):
+        alone = generate(actor, [prompt], 12, temperatures[i], seed=3, rows=[i])
+        assert together.tokens[i] == alone.tokens[0]
+        assert together.logprobs[i] == pytest.approx(alone.logprobs[0], abs=1e-5)
+    assert len(set(map(tuple, together.tokens))) == len(prompts), "the test says nothing"
 
 
 def test_a_row_that_has_ended_says_nothing_more(actor):
