@@ -2,10 +2,13 @@
 
 Compared are log-likelihoods, texts, metrics and their standard errors.
 
-For development: skipped unless `lm_eval`, `transformers` and ../shared/data are there.
+For development: skipped unless `lm_eval` and `transformers` are there. The questions are made up, and
+real ones where ../shared/data has them. With SMOLLM2=FOLDER in the environment, a folder of that
+model, both ask it the real questions.
 """
 import json
 import os
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -24,8 +27,8 @@ from weights import load_pretrained, save_pretrained
 from weights.initial import init_weights
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
-if not SHARED.is_dir():
-    pytest.skip("needs ../shared/data, real benchmark files", allow_module_level=True)
+REAL = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data, real benchmark files")
+SMOLLM2 = os.environ.get("SMOLLM2", "")
 os.environ.update(
     HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1",
     TOKENIZERS_PARALLELISM="false", DISABLE_MULTIPROC="1")
@@ -74,6 +77,39 @@ SHOTS = {
 RECORDS = {
     name: replace(TASKS[name], shots=SHOTS[name].count if name in SHOTS else 0) for name in FILES
 }
+
+
+WORDS = "the man house it fell of cup new is old for 12 7 and".split()
+
+
+def made_up(path: str, count: int | None = None) -> list[dict]:
+    """Make rows in the shape of a real file's, of words without sense."""
+    rng = random.Random(path)
+
+    def text(most: int = 6) -> str:
+        return " ".join(rng.choices(WORDS, k=rng.randint(1, most)))
+
+    def choices() -> dict:
+        return {
+            "question": text(), "choices": {"text": [text(), text()], "label": ["A", "B"]},
+            "answerKey": rng.choice("AB")}
+
+    makers = {
+        "arc_easy": choices,
+        "arc_challenge": choices,
+        "winogrande": lambda: {
+            "sentence": f"{text()} _ {text()}", "option1": "the man", "option2": "the house",
+            "answer": rng.choice("12")},
+        "lambada": lambda: {"text": text(12) + " house"},
+        "mmlu": lambda: {
+            "question": text(), "subject": "abstract_algebra", "answer": rng.randrange(4),
+            "choices": [text() for _ in range(4)]},
+        "truthfulqa": lambda: {
+            "question": text(), "mc1_targets": {"choices": [text(), "no"], "labels": [1, 0]},
+            "mc2_targets": {"choices": [text(), text(), "no"], "labels": [1, 1, 0]}},
+        "gsm8k": lambda: {"question": text(120), "answer": f"{text()}\n#### {rng.randrange(99)}"},
+    }
+    return [makers[path.split("/")[0]]() for _ in range(count or 12)]
 
 
 def prepared(path: str, count: int | None = None) -> list[dict]:
@@ -157,12 +193,14 @@ def write_spec(folder: Path, name: str) -> str:
     return str(path)
 
 
-def harness_results(folder: Path, model_folder: Path) -> dict:
+def harness_results(folder: Path, model_folder: str | Path, tokenizer, names) -> dict:
     """Run the harness on the files in `folder`."""
     from lm_eval.models.huggingface import HFLM
-    specs = [write_spec(folder, name) for name in FILES]
+    specs = [write_spec(folder, name) for name in names]
     model = transformers.LlamaForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
-    lm = HFLM(pretrained=model, tokenizer=Pieces(model_folder), batch_size=4, add_bos_token=True)
+    # None: as the tokenizer does by itself
+    bos = True if isinstance(tokenizer, Pieces) else None
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4, add_bos_token=bos)
     return lm_eval.simple_evaluate(model=lm, tasks=specs, log_samples=True)
 
 
@@ -194,23 +232,42 @@ def compare(name: str, theirs: dict, engine: Engine, folder: Path) -> None:
         assert number.error == pytest.approx(numbers[error_key], rel=1e-3), (name, metric)
 
 
-def test_harness_and_this_code_agree(tmp_path, monkeypatch):
+@pytest.mark.parametrize("rows", [made_up, pytest.param(prepared, marks=REAL)])
+def test_harness_and_this_code_agree(tmp_path, monkeypatch, finished, rows):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    tokenizer = open_tokenizer(finished[0] / "sft")
     model = Transformer(ModelConfig(
-        dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=32000, ffn_dim=128,
-        max_seq_len=1024))
+        dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=tokenizer.vocab_size,
+        ffn_dim=128, max_seq_len=640))
     init_weights(model, 0)
-    save_pretrained(model, tmp_path / "model", open_tokenizer(SHARED / "tokenizer" / "tokenizer.model"))
+    save_pretrained(model, tmp_path / "model", tokenizer)
     for file in FILES.values():
-        write_jsonl(tmp_path / file.target, prepared(file.source, file.rows))
+        write_jsonl(tmp_path / file.target, rows(file.source, file.rows))
     for shots in SHOTS.values():
-        write_jsonl(tmp_path / shots.target, prepared(shots.source))
+        write_jsonl(tmp_path / shots.target, rows(shots.source))
 
-    theirs = harness_results(tmp_path, tmp_path / "model")
+    theirs = harness_results(tmp_path, tmp_path / "model", Pieces(tmp_path / "model"), FILES)
     machine = Machine(0, 1, torch.device("cpu"), torch.float32)
-    tokenizer = open_tokenizer(tmp_path / "model")
     engine = Engine(load_pretrained(tmp_path / "model"), tokenizer, machine, 4096)
     for name in FILES:
         compare(name, theirs, engine, tmp_path)
     questions = read_questions("gsm8k", TASKS["gsm8k"], tmp_path, None, 0)
     assert evaluate("gsm8k", TASKS["gsm8k"], questions, engine).truncated > 0
+
+
+@REAL
+@pytest.mark.skipif(not SMOLLM2, reason="needs a folder of SmolLM2: SMOLLM2=FOLDER")
+def test_a_real_model_gets_the_harnesss_numbers(tmp_path, monkeypatch):
+    """The untouched SmolLM2, its own tokenizer and its own answer to whether a BOS comes first."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    names = [name for name in FILES if name != "gsm8k"]
+    for name in names:
+        write_jsonl(tmp_path / FILES[name].target, prepared(FILES[name].source, FILES[name].rows))
+        if name in SHOTS:
+            write_jsonl(tmp_path / SHOTS[name].target, prepared(SHOTS[name].source))
+    theirs = harness_results(
+        tmp_path, SMOLLM2, transformers.AutoTokenizer.from_pretrained(SMOLLM2), names)
+    machine = Machine(0, 1, torch.device("cpu"), torch.float32)
+    engine = Engine(load_pretrained(SMOLLM2), open_tokenizer(SMOLLM2), machine, 4096)
+    for name in names:
+        compare(name, theirs, engine, tmp_path)
