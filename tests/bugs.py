@@ -360,8 +360,8 @@ MUTANTS = [
            "sources::test_the_tokenizer_comes_from_the_base"),
     # sharded, and in bfloat16
     Mutant("trained weights are held in bfloat16", "parallel",
-           "        if frozen:\n            model.to(machine.dtype)",
-           "        model.to(machine.dtype)",
+           "    if frozen:\n        cast_frozen(model, machine)",
+           "    cast_frozen(model, machine)",
            "parallel::test_sharded_bfloat16_trains_float32", survived=True),
     Mutant("gradients are summed in bfloat16", "parallel",
            "MixedPrecisionPolicy(machine.dtype, torch.float32,",
@@ -454,8 +454,8 @@ MUTANTS = [
            "rollout.cut_off, bool(config.eos_penalty))",
            "oracle::test_iteration_against_the_oracle"),
     Mutant("reward.temperatures: the first for all", "reward",
-           "prompts), max_new_tokens, temperature, top_p",
-           "prompts), max_new_tokens, config.temperatures[0], top_p",
+           "list(config.temperatures) * len(prompts)",
+           "config.temperatures[0]",
            "switches::test_every_switch_reaches_the_run"),
     # pairs of switches, and boundaries
     Mutant("KL in the loss counts tokens where sequences count", "ppo",
