@@ -18,12 +18,11 @@ from torch.utils.checkpoint import checkpoint
 
 # positions; what a model says of tokens; how a token is drawn, and noise: all of it under this
 # module's name too, model.token_logprobs, model.derive ...
-from logprobs import (check_predecessors, last_scores, lay_out, token_logprobs,
-                      token_logprobs_and_entropy, token_values)
+from logprobs import (Mask, last_scores, token_logprobs, token_logprobs_and_entropy,
+                      token_values)
 from rotary import Rope, rope_table, rotate
 from sampling import Generation, check_lengths, choose, derive, filter_logits, row_uniforms
 
-Mask = Tensor | None                       # (B, T) bool; what None means, each docstring says
 Ends = int | Sequence[int] | None          # what ends an answer
 Stop = Callable[[list[int]], bool] | None  # is an answer over with these tokens?
 Read = Callable[[Tensor, Tensor], Any]     # (states (M, D), head (V, D)) -> what is asked of them

@@ -288,10 +288,12 @@ def cast_frozen(model: nn.Module, machine: Machine) -> None:
     """Hold weights that are never trained in the dtype in which forwards use them."""
     # Those that a trained model's forward casts, so that both say the same of equal weights: under
     # FSDP all, in one process what autocast would cast anew in every forward.
-    blocks = [m for block in model.model.layers for m in block.modules()]
-    linear = [module for module in blocks if isinstance(module, nn.Linear)]
-    for module in [model] if machine.world > 1 else linear:
-        module.to(machine.dtype)
+    if machine.world > 1:
+        model.to(machine.dtype)
+        return
+    for module in model.model.layers.modules():
+        if isinstance(module, nn.Linear):
+            module.to(machine.dtype)
 
 
 def shard(model: nn.Module, machine: Machine, offload: bool) -> None:

@@ -1,7 +1,6 @@
 """From finished runs to a page: means and intervals over seeds, paired differences, plots."""
 from __future__ import annotations
 
-import json
 import math
 import platform
 from pathlib import Path

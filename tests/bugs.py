@@ -670,4 +670,8 @@ MUTANTS = [
            "head_gradient += gradient.T",
            "head_gradient = gradient.T",
            "model::test_logits_in_chunks_give_autograds_gradients"),
+    Mutant("a frozen model is cast whole in one process", "parallel",
+           "    for module in model.model.layers.modules():\n        if isinstance(module, nn.Linear):",
+           "    for module in model.modules():\n        if True:",
+           "parallel::test_a_frozen_model_says_what_a_trained_one_says"),
 ]

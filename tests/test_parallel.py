@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 import parallel
+from model import Transformer, token_logprobs
 from parallel import Machine
 from weights.files import read_safetensors
 
@@ -348,3 +350,20 @@ def test_freed_memory_waits_for_the_next_tensor(kept):
     faults, kilobytes = map(int, done.stdout.split())
     assert (faults < 24_000) == kept
     assert kilobytes < 2_000_000, "what was freed is used again"
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_a_frozen_model_says_what_a_trained_one_says(config, tie):
+    """In one process, too, and to the last bit: else the KL would not start at 0."""
+    config = replace(config, tie_embeddings=tie)
+    machine = Machine(0, 1, torch.device("cpu"), torch.bfloat16)
+    tokens = torch.randint(3, 61, (3, 9), generator=torch.Generator().manual_seed(0))
+    said = []
+    for frozen in (False, True):
+        model = parallel.build(Transformer, config, 0, machine, frozen)
+        with torch.no_grad(), machine.autocast():
+            said.append(token_logprobs(model, tokens))
+    assert torch.equal(*said)
+    layer = model.model.layers[0]
+    assert layer.mlp.up_proj.weight.dtype == torch.bfloat16
+    assert layer.input_layernorm.weight.dtype == torch.float32
