@@ -493,25 +493,28 @@ def heading(config: Config, shape: ModelConfig, judge: ModelConfig, room: float)
         f"{'':12}{columns}{'peak':>9}")
 
 
-def disk_bytes(config: Config, shape: ModelConfig, judge: ModelConfig, itemsize: int) -> int:
-    """Return what a run's model folders and its largest checkpoint take on the disk.
-
-    itemsize: bytes of a weight in a model folder.
-    """
+def disk_bytes(config: Config, shape: ModelConfig, judge: ModelConfig) -> int:
+    """Return what a run's model folders and its largest checkpoint take on the disk."""
     actor, scalar = parameters_of(Transformer, shape), parameters_of(ScalarModel, judge)
     size = {"sft": actor, "top": actor, "reward": scalar, "ppo": actor}
     trained = {**size, "ppo": actor + scalar * config.ppo.has_critic}
     stages = [stage for stage in config.stages if stage in size]
-    folders = itemsize * sum(size[stage] for stage in stages)
+    folders = itemsize_of(config) * sum(size[stage] for stage in stages)
     # a checkpoint holds weights and two moments in float32; the last one stays until it is whole
     kept = 2 if config.checkpoint_every else 0
     return folders + kept * 12 * max((trained[stage] for stage in stages), default=0)
 
 
+def itemsize_of(config: Config) -> int:
+    """Return the bytes of a weight in a run's model folders."""
+    if config.export.dtype == "auto" and config.model.path.lower() in SIZES:
+        return 2  # a name in place of a folder: models of these sizes come in bfloat16
+    return export_dtype(config).itemsize
+
+
 def check_disk(config: Config, folder: Path) -> None:
     """Refuse a run whose models do not fit on the disk: hours later they would not be saved."""
-    itemsize = 4 if config.is_world else export_dtype(config).itemsize
-    needed = disk_bytes(config, *shapes(config), itemsize)
+    needed = disk_bytes(config, *shapes(config))
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise ValueError(f"{folder}: {free / 1e9:.1f} GB are free on its disk, and the models and "
@@ -536,9 +539,8 @@ def main(config: Config, shapes: tuple[ModelConfig, ModelConfig]) -> None:
         print(f"{stage:12}{columns}{sum(parts) / GIB:9.1f}  {verdict}", flush=True)
         if not fits:
             print(f"{'':12}{advise(stage, config, *shapes, room)}", flush=True)
-    size = 4 if config.export.dtype == "float32" else 2
-    print(f"\nOn the disk, with weights of {size} bytes in the model folders: "
-          f"{disk_bytes(config, *shapes, size) / 1e9:.0f} GB.")
+    print(f"\nOn the disk, with weights of {itemsize_of(config)} bytes in the model folders: "
+          f"{disk_bytes(config, *shapes) / 1e9:.3g} GB.")
 
 
 def named_shape(name: str) -> ModelConfig:

@@ -44,6 +44,8 @@ def show_iteration(run: Run, step: int, prompts: Sequence[Prompt], rollout: ppo.
 def tell_of_few_steps(run: Run, name: str, examples: int, steps: int) -> None:
     """Say so where data and batch size make so few optimizer steps that nothing can be learnt."""
     if steps < 10:
-        section = "reward" if name == "reward" else "sft"
+        # top-ranked SFT has epochs of its own; an SFT of the reward model's own size has none
+        epochs = "sft" if name == "reward_sft" else name
+        batch = "reward" if name == "reward" else "sft"
         run.say(f"{name}: {examples} examples are {steps} optimizer steps, from which little is "
-                f"learnt: lower --{section}.batch_size or raise --{section}.epochs")
+                f"learnt: lower --{batch}.batch_size or raise --{epochs}.epochs")

@@ -1,7 +1,10 @@
 """Checkpoints as people bring them, against transformers: logits, ids, chat templates, and what we write for it."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,8 +40,14 @@ def rows(messages: tuple[Message, ...]) -> list[dict]:
     return [vars(message) for message in messages]
 
 
-@pytest.fixture(scope="module", params=checkpoints.CHECKPOINTS)
+SMOLLM2 = os.environ.get("SMOLLM2", "")  # the folder of a real model
+needs_smollm2 = pytest.mark.skipif(not SMOLLM2, reason="needs a folder of SmolLM2-135M-Instruct: SMOLLM2=FOLDER")
+
+
+@pytest.fixture(scope="module", params=[*checkpoints.CHECKPOINTS, pytest.param("the real SmolLM2", marks=needs_smollm2)])
 def checkpoint(request, tmp_path_factory) -> Path:
+    if request.param == "the real SmolLM2":
+        return Path(SMOLLM2)
     folder = tmp_path_factory.mktemp("checkpoint")
     checkpoints.CHECKPOINTS[request.param](folder)
     return folder
@@ -207,3 +216,13 @@ def test_without_jinja_control_tokens_tell(tmp_path, monkeypatch):
     checkpoints.smollm2(tmp_path)
     monkeypatch.setitem(__import__("sys").modules, "jinja2.sandbox", None)
     assert open_tokenizer(tmp_path).own.name == "chatml"
+
+
+@needs_smollm2
+def test_a_real_model_chats():
+    """It knows where France is governed from, and stops at an end of its own."""
+    done = subprocess.run(
+        [sys.executable, "eval.py", "chat", SMOLLM2, "--temperature=0"], cwd=Path(__file__).parents[1],
+        input="What is the capital of France?\n", capture_output=True, text=True)
+    assert done.returncode == 0 and "Paris" in done.stdout, done.stdout + done.stderr
+    assert len(done.stdout.split()) < 60 and "<|im_end|>" not in done.stdout

@@ -17,6 +17,7 @@ import train
 from model import ModelConfig, ScalarModel, Transformer
 from run import settings
 from run import planner
+from weights import save_pretrained
 
 ROOT = Path(__file__).parents[1]
 SHAPE = ModelConfig(
@@ -237,6 +238,11 @@ def test_thirteen_billion_parameters_on_eight_gpus():
         "--ppo.generation_batch=8",
     )
     assert done.returncode == 0 and done.stdout.count("  fits") == 4, done.stdout + done.stderr
+    # weights of 2 bytes after SFT, reward and PPO; actor and critic with two moments each, float32, twice
+    actor = 13_015_864_320
+    scalar = actor - 31_999 * 5_120  # one row in place of the head
+    bytes_ = 2 * (2 * actor + scalar) + 2 * 12 * (actor + scalar)
+    assert f"with weights of 2 bytes in the model folders: {bytes_ / 1e9:.3g} GB." in done.stdout
 
 
 def test_advice_fits_when_taken():
@@ -268,7 +274,7 @@ def test_a_run_that_does_not_fit_on_the_disk_is_refused(tmp_path, monkeypatch):
     config = settings.parse_args([], train.STAGES)
     shape = settings.world_shape(config)
     actor, scalar = (planner.parameters_of(kind, shape) for kind in (Transformer, ScalarModel))
-    needed = planner.disk_bytes(config, shape, shape, 4)
+    needed = planner.disk_bytes(config, shape, shape)
     assert needed == 4 * (3 * actor + scalar) + 2 * 12 * (actor + scalar)
     free = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free._replace(free=needed))
@@ -276,3 +282,11 @@ def test_a_run_that_does_not_fit_on_the_disk_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free._replace(free=needed - 1))
     with pytest.raises(ValueError, match="GB are free on its disk"):
         planner.check_disk(config, tmp_path)
+
+
+@pytest.mark.parametrize("dtype,size", [(torch.float32, 4), (torch.bfloat16, 2)])
+def test_the_plan_knows_how_a_folder_stores_its_weights(tmp_path, dtype, size):
+    save_pretrained(Transformer(settings.world_shape(settings.Config())), tmp_path, dtype=dtype)
+    for flags, expected in ([], size), (["--export.dtype=float16"], 2), (["--export.dtype=float32"], 4):
+        config = settings.parse_args(["--plan", f"--model={tmp_path}", *flags], train.STAGES)
+        assert planner.itemsize_of(config) == expected

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,8 +18,7 @@ import train
 from model import Transformer
 from weights.loading import load_pretrained
 from weights.export import save_pretrained
-from run import settings
-from run import folder
+from run import folder, progress, settings
 
 ROOT = Path(__file__).parents[1]
 
@@ -279,6 +279,22 @@ def test_impossible_flags(tmp_path, monkeypatch, flags, message):
         train.main(flags)
     assert message in str(error.value) and "\n" not in str(error.value)
     assert not list(tmp_path.iterdir()), "nothing is left behind"
+
+
+@pytest.mark.parametrize(
+    "name,batch,epochs",
+    [("sft", "sft", "sft"), ("reward", "reward", "reward"), ("top", "sft", "top"), ("reward_sft", "sft", "sft")],
+)
+def test_too_few_steps_are_told(name, batch, epochs):
+    said = []
+    run = SimpleNamespace(say=said.append)
+    progress.tell_of_few_steps(run, name, 100, 10)
+    assert not said
+    progress.tell_of_few_steps(run, name, 100, 9)
+    assert said == [f"{name}: 100 examples are 9 optimizer steps, from which little is learnt: lower "
+                    f"--{batch}.batch_size or raise --{epochs}.epochs"]
+    flags = settings.flag_types()
+    assert f"{batch}.batch_size" in flags and f"{epochs}.epochs" in flags
 
 
 # ---------------------------------------------------------------------------------------------

@@ -33,10 +33,12 @@ def token_text(entry: Any) -> str | None:
     return entry.get("content") if isinstance(entry, dict) else entry
 
 
-def added_tokens(folder: Path) -> dict[str, int]:
-    """Return the control tokens that the files beside a tokenizer add, name -> id."""
+def added_tokens(folder: Path, decoder: Mapping[str, Any]) -> dict[str, int]:
+    """Return the control tokens that the files beside a tokenizer add, name -> id.
+
+    decoder: the added_tokens_decoder of tokenizer_config.json.
+    """
     found = dict(optional_json(folder / "added_tokens.json"))
-    decoder = optional_json(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
     listed = [(entry, int(number)) for number, entry in decoder.items()]
     content = optional_json(folder / "tokenizer.json")
     listed += [(entry, entry["id"]) for entry in content.get("added_tokens", [])]
@@ -54,7 +56,7 @@ def read_controls(file: Path, own: Mapping[str, int]) -> Controls:
     folder = file.parent
     settings = {**optional_json(folder / "special_tokens_map.json"),
                 **optional_json(folder / "tokenizer_config.json")}
-    ids = {**own, **added_tokens(folder)}
+    ids = {**own, **added_tokens(folder, settings.get("added_tokens_decoder") or {})}
     named = {}
     for name in ("bos_token", "eos_token"):
         text = token_text(settings.get(name)) or None  # some files have "" for none

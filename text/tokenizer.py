@@ -6,6 +6,7 @@ are put in as ids, by those who write a template.
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, Iterable, NamedTuple
 
@@ -28,7 +29,7 @@ class Own(NamedTuple):
     exists: bool = False
 
 
-class Tokenizer:
+class Tokenizer(ABC):
     """What both kinds have in common.
 
     path: the file.   vocab_size: ids that texts are made of.
@@ -62,25 +63,25 @@ class Tokenizer:
         self.opening = tuple(opening)
         self.prefix_id = self.eos_id if self.bos_id is None else self.bos_id
 
+    @abstractmethod
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text that opens a sequence, without BOS and EOS."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode_segment(self, text: str) -> list[int]:
         """Return the ids of a text that continues what stands before it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids that open a sequence; control ids have none."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode_segment(self, ids: Iterable[int]) -> str:
         """Return the text of ids that continue others: the inverse of `encode_segment`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def piece(self, i: int) -> str:
         """Return how the vocabulary writes an id."""
-        raise NotImplementedError
 
 
 class SentencePiece(Tokenizer):
