@@ -50,6 +50,9 @@ OPTIONAL = {
     ("speed.multiple_choice", "lm_eval"),
     ("speed.multiple_choice", "transformers"),
     ("speed.versus", "transformers"),
+    ("speed.iteration", "transformers"),
+    ("speed.iteration", "tokenizers"),
+    ("speed.iteration", "trl"),
 }  # imported only where it is used, and asked for by name
 
 
