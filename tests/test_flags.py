@@ -99,8 +99,8 @@ def test_what_a_pretrained_model_needs_does_not_undo_the_runs_own(watched, tmp_p
 # No flag is dead
 
 # Who reads all flags, or only to refuse or to describe them: that does not make a flag live.
-BOOKKEEPING = {"flatten", "longest", "check", "check_stages", "check_folders", "check_context",
-               "check_data", "check_ranks", "parse_args"}
+BOOKKEEPING = {"flatten", "longest", "contradictions", "stage_problems", "folder_problems",
+               "shape_problems", "data_problems", "check_ranks", "parse_args"}
 
 
 class Watched:
