@@ -35,12 +35,13 @@ from reward import RunningMoments
 from run import planner
 from run.annotation import run_annotate, run_sample
 from run.comparison import compare
+from run.continuing import stages_to_run
 from run.folder import (Run, keep, load_model, open_folder, prepare_tokenizer, record_config,
                         restore, save_model, timings, with_template)
 from run.models import (base_model, calibration, check_tokenizer, open_reward, pair_accuracy,
                         policy_path, ppo_models, ranker)
 from run.progress import show_iteration, tell_of_few_steps
-from run.settings import Config, check_ranks, parse_args, reward_shape, usage
+from run.settings import check_ranks, parse_args, reward_shape, usage
 from run.sources import Source, hold_out, open_source, reward_batch, sft_batch
 
 
@@ -436,21 +437,6 @@ STAGES = {
 }
 
 
-def stages_to_run(config: Config, out: Path) -> list[str]:
-    """Drop stages that are not needed; refuse to overwrite a result."""
-    # with rankings from files there is nothing to sample and nobody to ask
-    idle = ("sample", "annotate") if config.reward.data else ()
-    stages = [stage for stage in config.stages if stage not in idle]
-    done = [stage for stage in stages if (out / STAGES[stage].result).exists()]
-    # the evaluation may be repeated: it changes nothing that another stage reads
-    if config.resume:
-        return [stage for stage in stages if stage not in done or stage == "eval"]
-    if done and done != ["eval"]:
-        raise ValueError(f"{out / STAGES[done[0]].result} exists: name a fresh --out, or continue "
-                         "with --resume")
-    return stages
-
-
 def main(args: Sequence[str]) -> None:
     """Run the stages asked for."""
     # 1  settings; whatever can be refused is refused before anything is touched
@@ -459,8 +445,6 @@ def main(args: Sequence[str]) -> None:
         return planner.main(config, planner.shapes(config))
     machine = parallel.start(config.dtype, config.parallel)
     check_ranks(config, machine.world)
-    if config.out:
-        stages_to_run(config, Path(config.out))
     # 2  the run folder and the tokenizer, made by one rank and seen by all
     out = parallel.from_main(partial(open_folder, config))
     parallel.from_main(lambda: prepare_tokenizer(config, out).path)
@@ -477,7 +461,7 @@ def main(args: Sequence[str]) -> None:
     source = open_source(run)
     parallel.from_main(source.choose_heldout)
     # 4  the stages, one after the other; each finds the results of those before it in the folder
-    for name in parallel.from_main(lambda: stages_to_run(config, out)):
+    for name in parallel.from_main(partial(stages_to_run, STAGES, config, out)):
         began = time.perf_counter()
         STAGES[name].run(run, source)
         if machine.is_main:

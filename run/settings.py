@@ -26,6 +26,8 @@ from model import ModelConfig
 from parallel import ParallelConfig
 from ppo import PPOConfig, one_of
 from reward import RewardConfig
+from run import continuing
+from run.continuing import PER_CALL, shown
 from sft import SFTConfig, TopConfig
 from weights import read_config
 
@@ -62,7 +64,8 @@ class Config:
     base: str = ""                      # folder of a run whose finished stages this one builds on
     seed: int = 0                       # of weights, data order, sampling and the embedded world
     stages: tuple[str, ...] = ()        # some of the recipe's, in its order; none: all
-    resume: bool = False                # continue the run in `out` where it stopped
+    resume: bool = False                # continue the run in `out` where it stopped, as it began
+    resume_with_changes: bool = False   # likewise, but settings of what is not done yet may change
     dtype: str = "auto"                 # of forwards; parameters are float32 always
     plan: bool = False                  # print every stage's peak memory for --model, and stop
     ranks: int = 8                      # processes that --plan plans for
@@ -127,9 +130,6 @@ RANGES = {
     "(0, 1e6]": "clip_range gpu_memory",
     "(0, 1e9]": "max_grad_norm",
 }
-
-# Flags that speak of one call of the command: a later call does not take them from this one's run.
-PER_CALL = ("out", "stages", "resume", "plan", "ranks", "gpu_memory")
 
 # Files that a flag names, so that a missing one is told now and not hours later.
 DATA_FLAGS = ("sft.data", "reward.data", "ppo.prompts", "eval.prompts")
@@ -215,19 +215,23 @@ def of_type(value: Any, hint: Any) -> Any:
 def config_from_file(path: str | Path) -> dict[str, Any]:
     """Read the flat values of a run's config.json.
 
-    A run of another version may have settings that this one does not know: they are named and left.
+    A run of another version may have settings that this one does not know: those at their default
+    are named and left, those that were changed are refused.
     """
-    content = read_json(Path(path)).get("config")
-    if not isinstance(content, dict):
+    content = read_json(Path(path))
+    if not isinstance(content.get("config"), dict):
         raise ValueError(f'{path}: has no "config" object: give the config.json of a run folder')
     types = flag_types()
     values: dict[str, Any] = {}
     problems = []
-    for flag, value in content.items():
+    for flag, value in content["config"].items():
         if flag not in types:
-            if os.environ.get("RANK", "0") == "0":
-                print(f"{path}: this version has no setting {flag}={value!r}: left out",
-                      file=sys.stderr)
+            told = f"{path}: this version has no setting {flag}={json.dumps(value)[:80]}"
+            if flag in content.get("not_default", ()):
+                problems.append(f"{told}, which the run had changed: go on with the version that "
+                                f"wrote it (git {content.get('git')}), or take it out of the file")
+            elif os.environ.get("RANK", "0") == "0":
+                print(f"{told}: left out", file=sys.stderr)
             continue
         try:
             values[flag] = of_type(value, types[flag])
@@ -269,30 +273,44 @@ def refuse(problems: Iterable[str]) -> None:
         raise ValueError(found)
 
 
-def parse_args(args: Sequence[str], stages: Collection[str]) -> Config:
-    """Read the command line. stages: the names of the recipe's stages, in order.
+def parse_args(args: Sequence[str], stages: Mapping[str, Any]) -> Config:
+    """Read the command line. stages: the recipe's by name, in order, each with its .result.
 
     What is not given is taken from --config, else from the run in --out (when continuing it), else
     from the one in --base, else from the defaults: a later stage never runs with other settings
     than the stages it builds on.
     """
-    given, problems = parse_flags(args)
+    given, wrong = parse_flags(args)
     file = given.pop("config", "")
-    runs = [Path(given[key], "config.json") for key in ("out", "base") if given.get(key)]
-    found = [file] if file else [path for path in runs if path.exists()]
+    runs = {key: Path(given[key], "config.json") for key in ("out", "base") if given.get(key)}
+    earlier = {key: config_from_file(path) for key, path in runs.items() if path.exists()}
+    found = [config_from_file(file)] if file else list(earlier.values())
     values: dict[str, Any] = {}
     if found:
-        earlier = config_from_file(found[0])
-        values = {flag: value for flag, value in earlier.items() if flag not in PER_CALL}
+        values = {flag: value for flag, value in found[0].items() if flag not in PER_CALL}
     elif given.get("model.path"):
         values = dict(PRETRAINED_DEFAULTS)
     values.update(given)
     values["stages"] = values.get("stages") or tuple(stages)
+    values["resume"] = values.get("resume_with_changes") or values.get("resume", False)
+    if values.get("data.template") == AUTO and "out" in earlier:
+        values["data.template"] = earlier["out"].get("data.template", AUTO)  # as it turned out
     # first what a setting cannot be by itself, then what settings cannot be together
-    refuse([*problems, *impossible(values)])
+    refuse([*wrong, *impossible(values)])
     config = unflatten(values)
-    refuse(config.ppo.problems() if config.plan else contradictions(config, stages))
+    if config.plan:
+        refuse(config.ppo.problems())
+    else:
+        refuse([*contradictions(config, stages), *run_problems(config, stages, earlier.get("out"))])
     return config
+
+
+def run_problems(config: Config, stages: Mapping[str, Any],
+                 recorded: Mapping[str, Any] | None) -> Iterator[str]:
+    """Yield what cannot be done in the folder of the run. recorded: its settings, if it has any."""
+    if config.out and set(config.stages) <= set(stages):
+        old = None if recorded is None else flatten(unflatten(recorded))
+        yield from continuing.problems(stages, config, old, flatten(config))
 
 
 def comments_of(section: type) -> dict[str, str]:
@@ -304,11 +322,6 @@ def comments_of(section: type) -> dict[str, str]:
                 code, _, comment = line.partition("  # ")
                 comments.setdefault(code.split(":")[0].strip(), comment.strip())
     return comments
-
-
-def shown(value: Any) -> str:
-    """Write a flag's value as on the command line."""
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def usage(intro: str, stages: Collection[str]) -> str:
