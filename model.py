@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 # positions; what a model says of tokens; how a token is drawn, and noise: all of it under this
 # module's name too, model.token_logprobs, model.derive ...
-from logprobs import (Mask, last_scores, token_logprobs, token_logprobs_and_entropy,
+from logprobs import (Mask, finite, last_scores, token_logprobs, token_logprobs_and_entropy,
                       token_values)
 from rotary import Rope, rope_table, rotate
 from sampling import Generation, check_lengths, choose, derive, filter_logits, row_uniforms
@@ -362,6 +362,7 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int,
                                  top_p, eos_id, noise, stop)
         # a list, so that all steps run first: to read numbers is to wait for the device
         for step in list(steps):
+            finite(step.logprobs)
             for row, token, logprob in zip(*(column.tolist() for column in step)):
                 generation.tokens[start + row].append(token)
                 generation.logprobs[start + row].append(logprob)

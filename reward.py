@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from data import pad
 from formats import Prompt
-from model import Transformer, generate, last_scores
+from model import Transformer, finite, generate, last_scores
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,8 @@ def model_scores(model: nn.Module, rows: Sequence[list[int]], microbatch_size: i
     for start in range(0, len(rows), microbatch_size):
         tokens, attention_mask = pad(rows[start:start + microbatch_size])
         device = model.score.weight.device
-        scores += last_scores(model, tokens.to(device), attention_mask.to(device)).tolist()
+        said = last_scores(model, tokens.to(device), attention_mask.to(device))
+        scores += finite(said).tolist()
     return scores
 
 

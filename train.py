@@ -38,6 +38,7 @@ from run.comparison import compare
 from run.continuing import stages_to_run
 from run.folder import (Run, keep, load_model, open_folder, prepare_tokenizer, record_config,
                         restore, save_model, timings, with_template)
+from run.health import Watch, not_finite, told
 from run.models import (base_model, calibration, check_tokenizer, open_reward, pair_accuracy,
                         policy_path, ppo_models, ranker)
 from run.progress import show_iteration, tell_of_few_steps
@@ -116,8 +117,7 @@ def update(model: nn.Module, optimizer: torch.optim.Optimizer, terms: Sequence[T
     #    so a step that is not finite is not taken; a long one is shortened, its direction kept.
     norm = parallel.all_sum(parallel.grad_square_sum(model)).sqrt()
     if not torch.isfinite(norm):
-        raise ValueError(f"the gradient is not finite ({result}): lower the learning rate; "
-                         "nothing was updated")
+        raise not_finite(model, optimizer, terms, machine, norm_name)
     # 1e-6 keeps a gradient of zero from being divided by zero
     shrink = (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
     for group in optimizer.param_groups:
@@ -153,6 +153,7 @@ def train_on(run: Run, name: str, model: nn.Module, examples: Sequence[Any],
     steps = max(1, round(config.epochs * len(examples) / config.batch_size))
     start = restore(run, name, {"model": (model, optimizer)}).get("step", 0)
     tell_of_few_steps(run, name, len(examples), steps)
+    watch = Watch(run, name)
     bar = run.bar(name, steps, start)
     for step in range(start, steps):
         began = time.perf_counter()
@@ -171,6 +172,7 @@ def train_on(run: Run, name: str, model: nn.Module, examples: Sequence[Any],
         stats["tokens_per_second"] = (parallel.all_sum(tokens).item()
                                       / (time.perf_counter() - began))
         run.log(name, step + 1, **stats, lr=lr)
+        watch.look(step + 1, stats)
         shown = {key: f"{stats[key]:.3f}" for key in show}
         shown["tokens/s"] = tqdm.format_sizeof(stats["tokens_per_second"])
         bar.set_postfix(shown, refresh=False)
@@ -287,6 +289,7 @@ def run_ppo(run: Run, source: Source) -> None:
     moments = RunningMoments(**state.get("moments", {}))
     rescale = moments.rescale if config.score_scale == "running" else ppo.identity
     checkpoint_every = -(-run.config.checkpoint_every // config.steps_per_rollout)  # iterations
+    watch = Watch(run, "ppo")
     bar = run.bar("ppo", config.iterations, start)
 
     for iteration in range(start, config.iterations):
@@ -303,12 +306,15 @@ def run_ppo(run: Run, source: Source) -> None:
         steps = ppo.learn(rollout, config, updates, derive(run.config.seed, "learn", iteration),
                           run.machine.microbatches)
 
+        # by construction 1, whatever was learnt since
+        stats["first_ratio_max"] = steps[0].get("ratio_max", 1.0)
         stats.update(summary(steps), kl_coef=controller.kl_coef,
                      seconds_rollout=rolled - began, seconds_update=time.perf_counter() - rolled)
         # kl_coef for the next iteration, from the KL of this one before its updates
         if config.kl_target > 0:
             controller.update(stats["kl"], config.batch_size)
         show_iteration(run, iteration + 1, episodes, rollout, stats, bar)
+        watch.look(iteration + 1, stats)
         keep(run, "ppo", iteration + 1, config.iterations, checkpoint_every, trained,
              {"kl_coef": controller.kl_coef, "moments": vars(moments)})
     bar.close()
@@ -463,7 +469,8 @@ def main(args: Sequence[str]) -> None:
     # 4  the stages, one after the other; each finds the results of those before it in the folder
     for name in parallel.from_main(partial(stages_to_run, STAGES, config, out)):
         began = time.perf_counter()
-        STAGES[name].run(run, source)
+        with told(run, name):
+            STAGES[name].run(run, source)
         if machine.is_main:
             seconds = {**timings(run), name: round(time.perf_counter() - began, 2)}
             (out / "seconds.json").write_text(json.dumps(seconds))
