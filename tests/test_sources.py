@@ -734,7 +734,8 @@ def test_top_imitates_the_best_of_every_ranking(finished, tmp_path, monkeypatch)
     out = tmp_path / "b"
     out.mkdir()
     shutil.copy(finished[0] / "config.json", out)
-    write(out / "ranked.jsonl", [{**row, "task": ""} for row in RANKED])
+    write(out / "ranked.jsonl", [{**row, "id": i, "task": "", "responses": list("abc")}
+                                  for i, row in enumerate(RANKED)])
     run, source = open_run(out, f"--base={finished[0]}", "--stages=top", "--reward.holdout=0.01",
                            "--top.epochs=5", "--top.lr=0.25", "--sft.epochs=1")
     held, rest = sources.hold_out(source.rankings(), 0.01)
