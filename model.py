@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from itertools import groupby
+from math import inf
 from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
 import torch
@@ -63,8 +64,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in (field.name for field in fields(self) if field.type in ("int", "float")):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not value > 0:
-                raise ValueError(f"{name}={value!r} must be positive and a number")
+            if type(value) not in (int, float) or not 0 < value < inf:  # true is no number
+                raise ValueError(f"{name}={value!r} must be a finite number above 0")
         # rotary angles turn pairs within a head
         if self.head_size % 2 or self.dim % self.n_heads and not self.head_dim:
             raise ValueError(f"dim={self.dim} must be a multiple of 2 * n_heads={2 * self.n_heads}")

@@ -110,13 +110,13 @@ CHOICES: dict[str, Collection[str]] = {
 # without its section stands for that flag in all of them; of a list every number is looked at.
 RANGES = {
     "[0, 9e18]": "seed",
-    "[1, 1e4]": "model.n_layers",
+    "[1, 500]": "model.n_layers",
     "[1, 1e6]": """model.dim model.n_heads model.n_kv_heads model.ffn_dim model.vocab_size
         max_seq_len max_prompt_tokens max_response_tokens batch_size minibatch_size
         microbatch_size generation_batch ppo.epochs iterations responses_per_prompt replicas
         ranks""",
     "[1, 1e9]": "examples sampled_prompts kl_horizon eval.in_domain",
-    "[0, 1e4]": "reward.n_layers",
+    "[0, 500]": "reward.n_layers",
     "[0, 1e6]": """reward.dim reward.n_heads reward.ffn_dim noise top_k critic_warmup kl_coef
         kl_target value_clip_range score_clip eos_penalty entropy_coef ptx_coef eval.general
         eval.holdout show best_of""",
