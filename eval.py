@@ -45,9 +45,9 @@ RUBRIC = Path(microcosm.__file__).with_name("rubric.py")
 class EvalConfig:
     prompts: tuple[str, ...] = ()       # prompt files; none: prompts held out from ppo.prompts
     in_domain: int = 500                # unseen advertisements (embedded world)
-    general: int = 720                  # unseen prompts over the 12 general tasks (embedded world)
-    holdout: int = 64                   # prompts held out from ppo.prompts
-    show: int = 3                       # prompts shown with all answers
+    general: int = 720                  # likewise, over the 12 general tasks; 0: none
+    holdout: int = 64                   # prompts held out from ppo.prompts; 0: none
+    show: int = 3                       # prompts shown with all answers; 0: none
     reference: str = "sft"              # the model that all others are compared with
     best_of: int = 5                    # adds the SFT model's best of so many samples; 0: off
     models: tuple[str, ...] = ()        # only these are asked; none: all there are

@@ -12,7 +12,15 @@ from data import Tokenizer
 from evaluation.judging import scores
 from evaluation.speaking import Speaker, answer_of, load
 from formats import Message, Messages
-from model import Ends, ScalarModel, Transformer, check_lengths, generation_steps, row_uniforms
+from model import (
+    Ends,
+    ScalarModel,
+    Transformer,
+    check_lengths,
+    finite,
+    generation_steps,
+    row_uniforms,
+)
 
 
 @torch.no_grad()
@@ -23,6 +31,7 @@ def stream(model: Transformer, prompt: list[int], max_new_tokens: int, temperatu
     noise = row_uniforms(seed, [row], max_new_tokens)
     for step in generation_steps(model, [prompt], max_new_tokens, temperature, 0, 1.0, eos_id,
                                  noise):
+        finite(step.logprobs)
         yield step.tokens.item()
 
 

@@ -161,16 +161,19 @@ def answers(
     size = max(1, speaker.settings.get("ppo.generation_batch", 32) // n)
     for start in range(0, len(prompts), size):
         part = [prompt for prompt in prompts[start : start + size] for _ in range(n)]
-        drawn = generate(
-            speaker.model,
-            [list(prompt.ids) for prompt in part],
-            speaker.data.max_response_tokens,
-            temperature,
-            eos_id=speaker.end_ids,
-            seed=seed,
-            # row i * n + k is answer k to prompt i
-            rows=range(start * n, start * n + len(part)),
-        ).tokens
+        try:
+            drawn = generate(
+                speaker.model,
+                [list(prompt.ids) for prompt in part],
+                speaker.data.max_response_tokens,
+                temperature,
+                eos_id=speaker.end_ids,
+                seed=seed,
+                # row i * n + k is answer k to prompt i
+                rows=range(start * n, start * n + len(part)),
+            ).tokens
+        except ValueError as error:  # of several models, which
+            raise ValueError(f"{speaker.path}: {error}") from None
         given = [answer_of(speaker, prompt.messages, ids) for prompt, ids in zip(part, drawn)]
         for i in range(0, len(given), n):
             yield given[i : i + n]

@@ -20,6 +20,7 @@ from data import AUTO, Tokenizer, choose_template, end_ids, open_tokenizer
 from formats.files import read_json, read_jsonl, write_jsonl
 from model import ScalarModel, Transformer, derive
 from parallel import Machine
+from run.continuing import changes
 from run.settings import Config, config_from_file, flatten
 from weights import read_config, read_weights, save_pretrained, stored_dtype
 
@@ -97,11 +98,18 @@ def open_folder(config: Config) -> Path:
 
 
 def record_config(config: Config, out: Path, world: int) -> None:
-    """Write config.json: everything needed to repeat the run."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    content = {"config": {**flatten(config), "out": str(out)}, "processes": world,
-               "git": git_revision(), "versions": versions}
-    (out / "config.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    """Write config.json: everything needed to repeat the run, and what later calls changed."""
+    path = out / "config.json"
+    settings, defaults = flatten(config), flatten(Config())
+    not_default = [flag for flag in settings if settings[flag] != defaults[flag]]
+    settings = json.loads(json.dumps({**settings, "out": str(out)}))  # as the file will hold them
+    earlier = read_json(path) if path.exists() else {}
+    changed = changes(earlier.get("config", {}), settings)
+    content = {"config": settings, "not_default": not_default,
+               "changes": [*earlier.get("changes", []), *([changed] if changed else [])],
+               "processes": world, "git": git_revision(),
+               "versions": {"python": platform.python_version(), "torch": torch.__version__}}
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def git_revision() -> str | None:

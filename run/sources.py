@@ -29,6 +29,7 @@ from formats.parsers import any_prompt, prompt_field
 from formats.records import prompt_key, without_repeats
 from model import derive
 from run.folder import Run
+from run.rankings import check_drawn, check_ranks, check_rows
 
 
 class Ranked(NamedTuple):
@@ -103,8 +104,13 @@ class Source(ABC):
 
     def own_rankings(self) -> list[Ranked]:
         """Read what the annotate stage left: the very ids that were sampled, equal ones once."""
+        path = self.run.needed("ranked.jsonl", "annotate")
+        rows, given = read_jsonl(path), path.with_name("to_rank.jsonl")
+        check_rows(rows, path, len(read_jsonl(given)) if given.exists() else len(rows))
         found = []
-        for row in read_jsonl(self.run.needed("ranked.jsonl", "annotate")):
+        for number, row in enumerate(rows, 1):
+            check_drawn(row, f"{path}:{number}")
+            check_ranks(row, f"{path}:{number}")
             ranks = {tuple(ids): rank for ids, rank in zip(row["response_ids"], row["ranks"])}
             if len(set(ranks.values())) > 1:
                 responses = [list(ids) for ids in ranks]
