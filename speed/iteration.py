@@ -136,24 +136,33 @@ class EndTheirs:
         return torch.where(over[:, None], only_end, scores)
 
 
-def trl(minibatches: int, is_ragged: bool) -> Callable[[], Any]:
-    """Return what runs one iteration of TRL's trainer."""
-    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
-    from tokenizers import Tokenizer, models
-    from transformers import (LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification,
-                              LogitsProcessorList, PreTrainedTokenizerFast)
-    from trl.experimental.ppo import PPOConfig, PPOTrainer
+def llama_config() -> Any:
+    from transformers import LlamaConfig
     config = shape()
-    theirs = LlamaConfig(
+    return LlamaConfig(
         vocab_size=config.vocab_size, hidden_size=config.dim, num_hidden_layers=config.n_layers,
         num_attention_heads=config.n_heads, intermediate_size=config.ffn_dim,
         max_position_embeddings=config.max_seq_len, rms_norm_eps=config.norm_eps,
         bos_token_id=None, eos_token_id=EOS, pad_token_id=PAD, num_labels=1)
-    policy = LlamaForCausalLM(theirs)
-    vocabulary = {f"<{i}>": i for i in range(config.vocab_size)}
-    tokenizer = PreTrainedTokenizerFast(
+
+
+def tokenizer() -> Any:
+    """Return a tokenizer that TRL can ask for the ids of padding and EOS, which is all it needs."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    vocabulary = {f"<{i}>": i for i in range(shape().vocab_size)}
+    return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="<1>")),
         pad_token=f"<{PAD}>", eos_token=f"<{EOS}>")
+
+
+def trl(minibatches: int, is_ragged: bool) -> Callable[[], Any]:
+    """Return what runs one iteration of TRL's trainer."""
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    from transformers import LlamaForCausalLM, LlamaForSequenceClassification, LogitsProcessorList
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+    config = llama_config()
+    policy = LlamaForCausalLM(config)
     settings = PPOConfig(
         output_dir=tempfile.mkdtemp(), per_device_train_batch_size=BATCH, total_episodes=BATCH,
         gradient_accumulation_steps=1, num_mini_batches=minibatches, num_ppo_epochs=EPOCHS,
@@ -162,8 +171,8 @@ def trl(minibatches: int, is_ragged: bool) -> Callable[[], Any]:
         use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no", logging_strategy="no")
     rows = [{"input_ids": ids} for ids in draw_prompts()]
     trainer = PPOTrainer(
-        settings, tokenizer, policy, LlamaForCausalLM(theirs),
-        LlamaForSequenceClassification(theirs), rows, LlamaForSequenceClassification(theirs),
+        settings, tokenizer(), policy, LlamaForCausalLM(config),
+        LlamaForSequenceClassification(config), rows, LlamaForSequenceClassification(config),
         data_collator=lambda part: {"input_ids": torch.tensor([row["input_ids"] for row in part])})
     if is_ragged:
         ends = LogitsProcessorList([EndTheirs(draw_lengths(True), PROMPT)])

@@ -1,4 +1,4 @@
-"""This code and transformers' on the same work in the same process, in turn, on one core.
+"""This code and what a user would run instead, in turn in one process, on one core.
 
     python speed/versus.py sft          a training step: ragged rows, rows of one length
     python speed/versus.py generate     96 new tokens from 16 and from 64 prompts
@@ -7,13 +7,13 @@
     python speed/versus.py memory       the memory of both, each in a process of its own
     python speed/versus.py all --rounds=5 --dtype=bfloat16
 
-For development: needs `pip install transformers trl==1.12.0`. A number is the other's CPU time over ours, the
-median of the rounds with the smallest and largest, above 1 where this code is faster. The model is
-random, 6 layers of 288 (8.3 million parameters with a vocabulary of 4,096), the tokens too. Ragged
-rows have log-normal lengths, median 60, at most 256. transformers gets them padded, padded with
-like lengths together, laid end to end in one row (DataCollatorWithFlattening), and packed into rows
-of 256. Memory is allocated as users of either have it (parallel.keep_freed_memory is ours). A share
-is of the fastest matrix product measured beside it.
+For development: needs `pip install transformers trl==1.12.0`. A number is the other's CPU time over
+ours, the median of the rounds with the smallest and largest, above 1 where this code is faster. The
+model is random, 6 layers of 288 (8.3 million parameters with a vocabulary of 4,096), the tokens
+too. Ragged rows have log-normal lengths, median 60, at most 256. transformers gets them padded,
+padded with like lengths together, laid end to end in one row (DataCollatorWithFlattening), and
+packed into rows of 256. Memory is allocated as users of either have it (parallel.keep_freed_memory
+is ours). A share is of the fastest matrix product measured beside it.
 """
 from __future__ import annotations
 

@@ -26,10 +26,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 # Imports point one way, from the top floor down; a room's name stands for all files in it.
 FLOORS = (
-    ("experiments",),
+    ("experiments", "speed"),
     ("train",),
     ("run",),
-    ("speed",),
     ("eval",),
     ("benchmarks",),
     ("evaluation",),
