@@ -189,6 +189,7 @@ SIDES = {"ours": ours, "trl": trl}
 
 
 def main() -> None:
+    """Run an iteration of one side twice; print the second's time, and memory."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("side", choices=SIDES)
