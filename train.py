@@ -467,7 +467,10 @@ def main(args: Sequence[str]) -> None:
     source = open_source(run)
     parallel.from_main(source.choose_heldout)
     # 4  the stages, one after the other; each finds the results of those before it in the folder
-    for name in parallel.from_main(partial(stages_to_run, STAGES, config, out)):
+    left = parallel.from_main(partial(stages_to_run, STAGES, config, out))
+    if not left:
+        run.say("nothing is left to do: every stage asked for has its result")
+    for name in left:
         began = time.perf_counter()
         with told(run, name):
             STAGES[name].run(run, source)

@@ -155,7 +155,7 @@ def template_of(folder: Path, tokenizer: Tokenizer) -> str:
     """
     around = folder.resolve().parent / "config.json"
     settings = read_json(around).get("config") if around.is_file() else None
-    if not isinstance(settings, dict) or "data.template" not in settings:
+    if not isinstance(settings, dict) or not isinstance(settings.get("data.template"), str):
         return tokenizer.own.name or "plain"
     try:
         return choose_template(settings["data.template"], tokenizer)

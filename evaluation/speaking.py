@@ -63,7 +63,7 @@ def load(
     tokenizer = open_tokenizer(path)
     # The run around a folder knows how its prompts were written and how long its answers may be.
     around = path.resolve().parent / "config.json"
-    settings = read_json(around).get("config", {}) if around.exists() else {}
+    settings = settings_of(around) if around.exists() else {}
     given = {flag: value for flag, value in flags.items() if value is not None}
     chosen = {**settings, **given}
     # a ValueError now, not after the weights are read
@@ -84,6 +84,31 @@ def load(
             f"in the model's context of {context}"
         )
     return Speaker(path, model, tokenizer, DataConfig(template, context - length, length), settings)
+
+
+# What is used here of the settings of a run, and may be missing where another version wrote them.
+USED = {
+    "model.path": str,
+    "data.template": str,
+    "data.max_response_tokens": int,
+    "ppo.generation_batch": int,
+    "ppo.microbatch_size": int,
+    "eval.in_domain": int,
+    "eval.general": int,
+    "seed": int,
+}
+
+
+def settings_of(file: Path) -> dict[str, Any]:
+    """Return the flat settings in the config.json of a run; ValueError names what is no setting."""
+    settings = read_json(file).get("config", {})
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file}: config is {str(settings)[:80]}, expected an object")
+    for flag, kind in USED.items():
+        value = settings.get(flag, kind())
+        if type(value) is not kind or kind is int and value < 0:
+            raise ValueError(f"{file}: {flag} is {str(value)[:80]}, expected {kind.__name__}")
+    return settings
 
 
 # -------------------------------------------------------------------------------------------------
@@ -117,8 +142,11 @@ def encode(speaker: Speaker, records: Sequence[Prompt]) -> list[Prompt]:
 def world_prompts(settings: Mapping[str, Any]) -> list[Prompt]:
     """Return the prompts that the evaluation of a run on the embedded world asks."""
     # The same draws as in the run itself, so compare and the run's table agree.
-    items = microcosm.evaluation_items(
-        settings["eval.in_domain"], settings["eval.general"], settings["seed"])
+    drawn_by = ("eval.in_domain", "eval.general", "seed")
+    missing = [flag for flag in drawn_by if flag not in settings]
+    if missing:
+        raise ValueError(f"the run's config.json lacks {', '.join(missing)}: give --prompts=FILE")
+    items = microcosm.evaluation_items(*[settings[flag] for flag in drawn_by])
     return [
         Prompt((Message("user", item.prompt),), f"prompt {n}", item.answer, item.task)
         for n, item in enumerate(items, 1)
@@ -158,7 +186,7 @@ def answers(
     The noise of an answer depends on (seed, its place among all answers) alone, not on the batch.
     """
     # n answers to a prompt are n rows, so a batch holds that many prompts fewer.
-    size = max(1, speaker.settings.get("ppo.generation_batch", 32) // n)
+    size = max(1, (speaker.settings.get("ppo.generation_batch") or 32) // n)
     for start in range(0, len(prompts), size):
         part = [prompt for prompt in prompts[start : start + size] for _ in range(n)]
         try:

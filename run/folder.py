@@ -104,9 +104,10 @@ def record_config(config: Config, out: Path, world: int) -> None:
     not_default = [flag for flag in settings if settings[flag] != defaults[flag]]
     settings = json.loads(json.dumps({**settings, "out": str(out)}))  # as the file will hold them
     earlier = read_json(path) if path.exists() else {}
-    changed = changes(earlier.get("config", {}), settings)
+    before, changed = earlier.get("changes"), changes(earlier.get("config", {}), settings)
     content = {"config": settings, "not_default": not_default,
-               "changes": [*earlier.get("changes", []), *([changed] if changed else [])],
+               "changes": [*(before if isinstance(before, list) else []),
+                           *([changed] if changed else [])],
                "processes": world, "git": git_revision(),
                "versions": {"python": platform.python_version(), "torch": torch.__version__}}
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -221,13 +221,14 @@ def config_from_file(path: str | Path) -> dict[str, Any]:
     content = read_json(Path(path))
     if not isinstance(content.get("config"), dict):
         raise ValueError(f'{path}: has no "config" object: give the config.json of a run folder')
+    changed = content.get("not_default") if isinstance(content.get("not_default"), list) else []
     types = flag_types()
     values: dict[str, Any] = {}
     problems = []
     for flag, value in content["config"].items():
         if flag not in types:
             told = f"{path}: this version has no setting {flag}={json.dumps(value)[:80]}"
-            if flag in content.get("not_default", ()):
+            if flag in changed:
                 problems.append(f"{told}, which the run had changed: go on with the version that "
                                 f"wrote it (git {content.get('git')}), or take it out of the file")
             elif os.environ.get("RANK", "0") == "0":

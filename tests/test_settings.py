@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 
 import pytest
 
@@ -98,6 +99,25 @@ def test_a_config_file_holds_values_of_the_right_types(tmp_path, flag, value):
     file.write_text(json.dumps({"config": {**flat, "ppo.gamma": 1}}))
     assert settings.parse_args([f"--config={file}"], train.STAGES) == settings.Config(
         stages=tuple(train.STAGES))
+
+
+@pytest.mark.parametrize("config", [
+    5, [], {"data.template": 3}, {"data.template": ["a"]}, {"data.max_response_tokens": "8"},
+    {"data.max_response_tokens": True}, {"ppo.generation_batch": -1}, {"eval.in_domain": 2.0},
+    {"seed": "x"}, {"model.path": 1}, {"ppo.microbatch_size": None}])
+def test_a_model_speaks_by_settings_of_the_right_types(finished, tmp_path, capsys, config):
+    """eval.py reads the config.json around a model folder, which people may have edited."""
+    shutil.copytree(finished[0] / "sft", tmp_path / "sft")
+    (tmp_path / "p.jsonl").write_text('{"prompt": "Copy: cat"}\n')
+    (tmp_path / "config.json").write_text(json.dumps({"config": config}))
+    with pytest.raises(SystemExit) as error:
+        command.main(["generate", str(tmp_path / "sft"), f"--prompts={tmp_path / 'p.jsonl'}"])
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.value.code == 2 and f"{tmp_path / 'config.json'}: " in said
+    (tmp_path / "config.json").write_text(json.dumps({"config": {"seed": 1}}))
+    with pytest.raises(SystemExit):
+        command.main(["compare", str(tmp_path / "sft"), str(finished[0] / "ppo")])
+    assert "lacks eval.in_domain" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------
