@@ -122,7 +122,7 @@ def test_only_a_run_is_resumed(tmp_path):
     assert [path.name for path in out.iterdir()] == ["sft"]
 
 
-def test_what_changed_is_recorded(finished, tmp_path):
+def test_what_changed_is_recorded(finished, tmp_path, capsys):
     """A refused call leaves config.json as it was; what was changed on the way stands in it."""
     out = tmp_path / "run"
     shutil.copytree(finished[0], out)
@@ -140,6 +140,10 @@ def test_what_changed_is_recorded(finished, tmp_path):
     assert {"ppo.epochs", "model.dim"} <= set(content["not_default"])
     assert "ppo.gamma" not in content["not_default"]
     assert len([row for row in golden.lines(out / "metrics.jsonl") if row["stage"] == "ppo"]) == 3
+    capsys.readouterr()
+    train.main([f"--out={out}", "--stages=sft,ppo", "--resume"])
+    assert "nothing is left to do" in capsys.readouterr().out
+    assert json.loads((out / "config.json").read_text())["changes"] == content["changes"]
 
 
 def test_a_run_of_another_version(tmp_path, capsys):
