@@ -113,7 +113,7 @@ def prepare(name: str, options: argparse.Namespace) -> Prepared:
                 f"{name} runs programs that the model writes: allow it with --allow-code-execution"
             )
         # Whether programs can be confined here shows now, not after the model has written them.
-        sandbox.passes("")
+        sandbox.require_confinement()
     return Prepared(task, questions)
 
 

@@ -277,7 +277,9 @@ def bbh_shots(part: str, folder: Path) -> str:
 def humaneval(row: Row) -> Item:
     checks = f"{row['test']}\ncheck({row['entry_point']})"
     prompt = row["prompt"]
-    return Item(prompt, checks=checks, opening=prompt, shown=row["canonical_solution"])
+    return Item(
+        prompt, checks=checks, opening=prompt, asked=(row["entry_point"],),
+        shown=row["canonical_solution"])
 
 
 def mbpp_item(row: Row) -> Item:
@@ -286,7 +288,11 @@ def mbpp_item(row: Row) -> Item:
         "You are an expert Python programmer, and here is your task: "
         f"{row['text']} Your code should pass these tests:\n\n{checks}\n[BEGIN]\n"
     )
-    return Item(query, checks=f"{row['test_setup_code']}\n{checks}", shown=f"{row['code']}\n[DONE]")
+    # what the solution defines: one is called sum
+    asked = tuple(re.findall(r"^(?:def|class)\s+(\w+)", row["code"], re.MULTILINE))
+    return Item(
+        query, checks=f"{row['test_setup_code']}\n{checks}", asked=asked,
+        shown=f"{row['code']}\n[DONE]")
 
 
 def mbpp(row: Row) -> Item | None:
