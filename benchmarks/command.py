@@ -28,6 +28,7 @@ from benchmarks.results import Result, Results
 from benchmarks.tasks import GENERIC, GROUPS, TASKS, Task
 from data import Tokenizer, choose_template, open_tokenizer
 from evaluation.flags import number
+from formats import harmless
 from formats.files import read_json
 from weights import load_pretrained
 
@@ -258,7 +259,7 @@ def run(options: argparse.Namespace) -> None:
     for name, model in models.items():
         results[name] = evaluate_model(name, model, ready, machine, options)
     if machine.is_main:
-        print(report.table(results, asked.groups))
+        print(harmless(report.table(results, asked.groups)))
         if out:
             report.write(out, results, asked.groups, settings_json(options))
     parallel.stop()

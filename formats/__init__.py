@@ -23,3 +23,4 @@ from formats.records import (
     Uninformative,
     dialogue_text,
 )
+from formats.showing import harmless
