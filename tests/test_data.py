@@ -19,7 +19,7 @@ import torch
 
 import data
 from data import Tokenizer, open_tokenizer
-from formats import reading
+from formats import parsers, reading
 from formats.files import read_json, read_jsonl, write_jsonl
 from formats.records import Dialogue, Message, Prompt, Ranking, dialogue_text
 
@@ -481,6 +481,47 @@ def test_uninformative_comparisons_are_skipped_and_counted(write, row, reason):
 def test_undesirable_demonstrations_are_not_learned_but_their_prompts_serve(write):
     path = write({"messages": CHAT, "label": False}, {"messages": CHAT, "label": True})
     assert len(reading.read_dialogues(path)[0]) == 1 and len(reading.read_prompts(path)[0]) == 2
+
+
+@pytest.mark.parametrize("mark", [
+    {"label": False}, {"label": 0}, {"label": 0.0}, {"label": "False"}, {"label": "0"},
+    {"kto_tag": False},
+])
+@pytest.mark.parametrize("row", [
+    {"prompt": "Q", "completion": "A"}, {"instruction": "Q", "output": "A"},
+    {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
+])
+def test_no_spelling_of_undesirable_is_learned(write, row, mark):
+    name, = mark
+    records, report = reading.read_dialogues(write({**row, **mark}, {**row, name: True}))
+    assert len(records) == 1 and report.skipped == {"marked as undesirable (label: false)": 1}
+
+
+OTHER = [CHAT[0], {"role": "assistant", "content": "B"}]
+
+
+@pytest.mark.parametrize("row, other", [
+    ({"prompt": "Q", "response": "A"}, {"completion": "B"}),
+    ({"prompt": "Q", "response": "A"}, {"answer": "B"}),
+    ({"prompt": "Q", "completion": CHAT[1:]}, {"response": OTHER[1:]}),
+    ({"prompt": "Q", "response": "A"}, {"question": "R"}),
+    ({"messages": CHAT}, {"conversations": OTHER}),
+    ({"items": CHAT}, {"conversation": OTHER}),
+])
+def test_two_fields_for_one_thing_must_agree(write, row, other):
+    """Of fields that say different things none is picked in silence."""
+    with pytest.raises(ValueError, match="1: fields '.*' and '.*' say different things .keep one."):
+        reading.read_dialogues(write({**row, **other}))
+    name, = other
+    records, _ = reading.read_dialogues(write(row))
+    for same in (None, next(row[n] for n in row if name in group_of(n))):
+        assert [r.messages for r in reading.read_dialogues(write({**row, name: same}))[0]] == [
+            r.messages for r in records]
+
+
+def group_of(name: str) -> tuple[str, ...]:
+    groups = (parsers.REPLIES, parsers.DIALOGUES, ("prompt", "question"))
+    return next(group for group in groups if name in group)
 
 
 def test_report_is_one_line_with_first_sources(write):
