@@ -84,15 +84,22 @@ class Real(NotText, float):
     pass
 
 
+class Empty(NotText, str):
+    pass
+
+
 class Null(NotText):
     def __bool__(self) -> bool:
         return False
 
+    def __str__(self) -> str:
+        return ""
+
 
 def guarded(value: Any) -> Any:
-    """Return a value of JSON in which everything but strings is NotText."""
+    """Return a value of JSON in which everything but strings with something in them is NotText."""
     if isinstance(value, str):
-        return value
+        return value or Empty()
     if isinstance(value, list):
         return List(map(guarded, value))
     if isinstance(value, dict):

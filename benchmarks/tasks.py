@@ -292,7 +292,10 @@ def humaneval(row: Row) -> Item:
 
 
 def mbpp_item(row: Row) -> Item:
-    checks = "\n".join(row["test_list"][:3])
+    """Show the tests with the question, and run them."""
+    checks = "\n".join(f"{test}" for test in several(row["test_list"])[:3])
+    if not checks:
+        raise ValueError("no test")
     query = (
         "You are an expert Python programmer, and here is your task: "
         f"{row['text']} Your code should pass these tests:\n\n{checks}\n[BEGIN]\n"
@@ -300,7 +303,7 @@ def mbpp_item(row: Row) -> Item:
     # what the solution defines: one is called sum
     asked = tuple(re.findall(r"^(?:def|class)\s+(\w+)", row["code"], re.MULTILINE))
     return Item(
-        query, checks=f"{row['test_setup_code']}\n{checks}", asked=asked,
+        query, checks=row["test_setup_code"] + f"\n{checks}", asked=asked,
         shown=f"{row['code']}\n[DONE]")
 
 

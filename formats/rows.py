@@ -159,9 +159,13 @@ class Cells(list):
 
 def csv_delimiter(content: bytes) -> str:
     """Return what parts the columns, if the first line names them as CSV does; "" if it is JSON."""
+    csv.field_size_limit(2 ** 31 - 1)
     header = content.lstrip().split(b"\n")[0].decode("utf-8", "replace").strip()
     for delimiter in (",", "\t"):
-        names = next(csv.reader([header], delimiter=delimiter), [])
+        try:
+            names = next(csv.reader([header], delimiter=delimiter), [])
+        except csv.Error:
+            continue
         if len(names) > 1 and all(re.fullmatch(r"[A-Za-z_][\w .-]*", name) for name in names):
             return delimiter
     return ""
@@ -169,7 +173,6 @@ def csv_delimiter(content: bytes) -> str:
 
 def csv_rows(path: str | Path, content: bytes, delimiter: str) -> Iterator[tuple[str, Any]]:
     """Yield (source, row) of CSV with a header; a row of other than its columns is a bad one."""
-    csv.field_size_limit(2 ** 31 - 1)
     lines = io.StringIO(content.decode("utf-8", "surrogateescape"), newline="")
     reader = csv.reader(lines, delimiter=delimiter)
     header = next(reader)
@@ -304,6 +307,6 @@ def get_numbers(row: Row, name: str) -> list[float]:
     numbers = get(row, name, list)
     for number in numbers:
         # By type(), not isinstance: True is an int, but no score.
-        if type(number) not in (int, float) or abs(number) >= 1e300:
+        if type(number) not in (int, float) or not abs(number) < 1e300:
             raise BadRow(f"field '{name}' must hold finite numbers only")
     return [float(number) for number in numbers]

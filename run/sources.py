@@ -23,10 +23,11 @@ import microcosm
 import reward
 import sft
 from data import TokenizedDialogue, TokenizedRanking
-from formats import Dialogue, Message, Prompt
+from formats import BadRow, Dialogue, Message, Prompt
 from formats.files import read_jsonl, write_jsonl
-from formats.parsers import any_prompt, prompt_field
+from formats.parsers import any_prompt, make_example, prompt_field
 from formats.records import prompt_key, without_repeats
+from formats.rows import get
 from model import derive
 from run.folder import Run
 from run.rankings import check_drawn, check_ranks, check_rows
@@ -107,16 +108,8 @@ class Source(ABC):
         path = self.run.needed("ranked.jsonl", "annotate")
         rows, given = read_jsonl(path), path.with_name("to_rank.jsonl")
         check_rows(rows, path, len(read_jsonl(given)) if given.exists() else len(rows))
-        found = []
-        for number, row in enumerate(rows, 1):
-            check_drawn(row, f"{path}:{number}")
-            check_ranks(row, f"{path}:{number}")
-            ranks = {tuple(ids): rank for ids, rank in zip(row["response_ids"], row["ranks"])}
-            if len(set(ranks.values())) > 1:
-                responses = [list(ids) for ids in ranks]
-                ranking = TokenizedRanking(row["prompt_ids"], responses, list(ranks.values()))
-                found.append(Ranked(ranking, row["task"]))
-        return found
+        found = [ranked_of(row, f"{path}:{number}") for number, row in enumerate(rows, 1)]
+        return [one for one in found if len(set(one.ranking.ranks)) > 1]
 
     def without_heldout(self, records: Sequence[Any], name: str) -> list[Any]:
         """Drop the records whose prompt is held out for the evaluation."""
@@ -155,8 +148,24 @@ def prompt_row(prompt: Prompt) -> dict[str, Any]:
 
 
 def prompt_of(row: dict[str, Any], source: str) -> Prompt:
-    """Read a prompt that `prompt_row` wrote."""
-    return Prompt(tuple(any_prompt(row)), source, row["answer"], row["task"])
+    """Read a prompt that `prompt_row` wrote; ValueError if it is none any more."""
+    try:
+        messages = make_example(any_prompt(row)).prompt
+        answer = None if row.get("answer") is None else get(row, "answer")
+        return Prompt(messages, source, answer, get(row, "task"))
+    except BadRow as fault:
+        raise ValueError(f"{source}: {fault}") from None
+
+
+def ranked_of(row: dict[str, Any], source: str) -> Ranked:
+    """Read a row of ranked.jsonl, equal responses once; ValueError if it is none any more."""
+    check_drawn(row, source)
+    check_ranks(row, source)
+    if not isinstance(row.get("task"), str) or not row["prompt_ids"] or not all(row["response_ids"]):
+        raise ValueError(f"{source}: a prompt and responses with ids are needed, and a \"task\"")
+    ranks = {tuple(ids): rank for ids, rank in zip(row["response_ids"], row["ranks"])}
+    responses = [list(ids) for ids in ranks]
+    return Ranked(TokenizedRanking(row["prompt_ids"], responses, list(ranks.values())), row["task"])
 
 
 # ---------------------------------------------------------------------------------------------
