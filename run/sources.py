@@ -13,7 +13,7 @@ import hashlib
 import random
 from abc import ABC, abstractmethod
 from functools import cached_property
-from typing import Any, NamedTuple, Sequence
+from typing import Any, Iterator, NamedTuple, Sequence
 
 import torch
 
@@ -51,8 +51,8 @@ class Source(ABC):
         """Write heldout.jsonl; the main rank does so before any stage begins."""
 
     @abstractmethod
-    def dialogues(self) -> list[Dialogue]:
-        """Return the demonstrations."""
+    def dialogues(self) -> Iterator[Dialogue]:
+        """Yield the demonstrations."""
 
     @abstractmethod
     def prompts_to_sample(self) -> list[Prompt]:
@@ -80,7 +80,7 @@ class Source(ABC):
         rows = read_jsonl(path)
         return self.encode([prompt_of(row, f"{path}:{n}") for n, row in enumerate(rows, 1)], "eval")
 
-    def demonstrations(self) -> list[TokenizedDialogue]:
+    def demonstrations(self) -> Sequence[TokenizedDialogue]:
         """Return the dialogues to imitate, as ids."""
         examples, report = data.encode_sft(self.dialogues(), self.run.tokenizer,
                                            self.config.data.template, self.config.longest)
@@ -114,10 +114,13 @@ class Source(ABC):
     def without_heldout(self, records: Sequence[Any], name: str) -> list[Any]:
         """Drop the records whose prompt is held out for the evaluation."""
         kept = [record for record in records if prompt_key(record) not in self.heldout_keys]
-        if len(kept) < len(records):
-            self.run.say(f"{name}: {len(records) - len(kept)} rows left out, their prompts are "
-                         "held out for the evaluation (heldout.jsonl)")
+        self.say_left_out(name, len(records) - len(kept))
         return kept
+
+    def say_left_out(self, name: str, rows: int) -> None:
+        if rows:
+            self.run.say(f"{name}: {rows} rows left out, their prompts are "
+                         "held out for the evaluation (heldout.jsonl)")
 
     @cached_property
     def heldout_keys(self) -> set[str]:
@@ -193,16 +196,14 @@ class World(Source):
         items = microcosm.evaluation_items(config.eval.in_domain, config.eval.general, config.seed)
         write_jsonl(path, [prompt_row(world_prompt(item, n)) for n, item in enumerate(items, 1)])
 
-    def dialogues(self) -> list[Dialogue]:
+    def dialogues(self) -> Iterator[Dialogue]:
         """Draw demonstrations; they are imperfect by construction."""
         config = self.config
         rng = random.Random(f"demonstrations {config.seed}")
-        found = []
         for item in microcosm.items("train", config.sft.examples, config.seed,
                                     config.sft.in_domain_share):
             answer = Message("assistant", microcosm.demonstrate(item, rng))
-            found.append(Dialogue((Message("user", item.prompt), answer), item.task))
-        return found
+            yield Dialogue((Message("user", item.prompt), answer), item.task)
 
     def prompts_to_sample(self) -> list[Prompt]:
         config = self.config.reward
@@ -259,10 +260,18 @@ class Files(Source):
             self.run.say(f"eval data: {len(chosen) - len(prompts)} repeated prompts left out")
         write_jsonl(self.run.out / "heldout.jsonl", map(prompt_row, prompts))
 
-    def dialogues(self) -> list[Dialogue]:
-        records, report = formats.read_dialogues(self.config.sft.data, self.config.data.skip_bad)
+    def dialogues(self) -> Iterator[Dialogue]:
+        """Read them one by one: of a large file no more is in memory at a time."""
+        config = self.config
+        report = formats.Report()
+        left_out = 0
+        for record in formats.stream_dialogues(config.sft.data, config.data.skip_bad, report):
+            if prompt_key(record) in self.heldout_keys:
+                left_out += 1
+            else:
+                yield record
         self.run.say(f"sft data: {report}")
-        return self.without_heldout(records, "sft data")
+        self.say_left_out("sft data", left_out)
 
     def prompts_to_sample(self) -> list[Prompt]:
         return self.training_prompts[:self.config.reward.sampled_prompts]
