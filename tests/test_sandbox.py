@@ -287,7 +287,7 @@ for name in list(sys.modules): sys.modules[name] = sys.modules['builtins']""",
     "another_program":
         "import subprocess\ndef add(a, b): return subprocess.call(['true']) + 5",
 }
-CHECKS = "assert all(map(lambda x: add(x, 3) == 5, [2]))\nassert add(2, 3) == 5"
+CHECKS = "assert all(map(lambda x: add(x, 3) == 5, [2]))"
 
 
 @pytest.mark.parametrize("name", FORGERS)
