@@ -164,7 +164,8 @@ def ranked_of(row: dict[str, Any], source: str) -> Ranked:
     """Read a row of ranked.jsonl, equal responses once; ValueError if it is none any more."""
     check_drawn(row, source)
     check_ranks(row, source)
-    if not isinstance(row.get("task"), str) or not row["prompt_ids"] or not all(row["response_ids"]):
+    is_whole = row["prompt_ids"] and all(row["response_ids"]) and isinstance(row.get("task"), str)
+    if not is_whole:
         raise ValueError(f"{source}: a prompt and responses with ids are needed, and a \"task\"")
     ranks = {tuple(ids): rank for ids, rank in zip(row["response_ids"], row["ranks"])}
     responses = [list(ids) for ids in ranks]

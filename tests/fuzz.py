@@ -40,6 +40,7 @@ from benchmarks.tasks import GENERIC, TASKS, Task  # noqa: E402
 from evaluation.head_to_head import read_judgments  # noqa: E402
 from formats import read_dialogues, read_prompts, read_rankings  # noqa: E402
 from formats.files import read_json, read_jsonl  # noqa: E402
+from run.rankings import check_rows  # noqa: E402
 from run.sources import prompt_of, ranked_of  # noqa: E402
 from weights import read_config  # noqa: E402
 from weights.files import (  # noqa: E402
@@ -143,6 +144,12 @@ def task_subjects() -> Iterator[Subject]:
     yield Subject("task generic", own, lambda p: read_task(GENERIC, p))
 
 
+def read_ranked(path: Path) -> Any:
+    rows = read_jsonl(path)
+    check_rows(rows, path, 2)
+    return [ranked_of(row, f"{path}:{n}") for n, row in enumerate(rows, 1)]
+
+
 def read_task(task: Task, path: Path) -> Any:
     return read_items(task, (path.name,), path.parent)
 
@@ -191,10 +198,9 @@ def other_subjects(folder: Path) -> Iterator[Subject]:
     prompt = {"prompt": "Held out?", "answer": "Yes.", "task": "copy"}
     yield Subject("heldout.jsonl", [prompt] * 2, lambda p: [
         prompt_of(row, f"{p}:{n}") for n, row in enumerate(read_jsonl(p), 1)], strict=False)
-    ranked = {"id": 0, **prompt, "responses": ["x", "y"], "ranks": [1, 2],
-              "prompt_ids": [1, 2], "response_ids": [[3], [4, 5]]}
-    yield Subject("ranked.jsonl", [ranked] * 2, lambda p: [
-        ranked_of(row, f"{p}:{n}") for n, row in enumerate(read_jsonl(p), 1)], strict=False)
+    ranked = [{"id": i, **prompt, "responses": ["x", "y"], "ranks": [1, 2],
+               "prompt_ids": [1, 2], "response_ids": [[3], [4, 5]]} for i in (0, 1)]
+    yield Subject("ranked.jsonl", ranked, read_ranked, strict=False)
     # of these nothing is said here but that they are read
     yield Subject("any jsonl", [{"step": 1}] * 3, lambda p: len(read_jsonl(p)), strict=False)
     yield Subject("any json", {"config": {"seed": 1}}, lambda p: len(read_json(p)), strict=False)
