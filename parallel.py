@@ -29,6 +29,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from formats import harmless
 from model import Block, ModelConfig
 from weights.initial import random_weights
 from weights import Weights, check_weights, materialize, read_safetensors, write_safetensors
@@ -165,7 +166,7 @@ def fail(message: str) -> NoReturn:
     if int(os.environ.get("RANK", 0)):
         wait_for_the_main_rank()
     sys.stdout.flush()
-    print(message, file=sys.stderr, flush=True)
+    print(harmless(message), file=sys.stderr, flush=True)
     # torchrun answers any failed worker with pages of traceback of its own, under which that line
     # would be lost. So where it launched us on this machine alone, it is ended first, by a signal
     # that it does not handle.

@@ -28,6 +28,7 @@ from benchmarks.results import Result, Results
 from benchmarks.tasks import GENERIC, GROUPS, TASKS, Task
 from data import Tokenizer, choose_template, open_tokenizer
 from evaluation.flags import number
+from formats import harmless
 from formats.files import read_json
 from weights import load_pretrained
 
@@ -113,7 +114,7 @@ def prepare(name: str, options: argparse.Namespace) -> Prepared:
                 f"{name} runs programs that the model writes: allow it with --allow-code-execution"
             )
         # Whether programs can be confined here shows now, not after the model has written them.
-        sandbox.passes("")
+        sandbox.require_confinement()
     return Prepared(task, questions)
 
 
@@ -258,7 +259,7 @@ def run(options: argparse.Namespace) -> None:
     for name, model in models.items():
         results[name] = evaluate_model(name, model, ready, machine, options)
     if machine.is_main:
-        print(report.table(results, asked.groups))
+        print(harmless(report.table(results, asked.groups)))
         if out:
             report.write(out, results, asked.groups, settings_json(options))
     parallel.stop()

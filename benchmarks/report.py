@@ -12,6 +12,7 @@ from benchmarks.results import (
 from benchmarks.tasks import GROUPS
 from evaluation.plots import draw_tasks
 from formats.files import write_jsonl
+from formats.showing import fenced
 
 READING = """Values and standard errors as lm-evaluation-harness gives them. **change** is the last
 model less the one before it, question by question, with the 95 % interval of Agresti and Min
@@ -192,7 +193,7 @@ def write(folder: Path, results: Results, groups: Sequence[str], settings: dict[
     (folder / "results.json").write_text(content + "\n", encoding="utf-8")
     write_jsonl(folder / "answers.jsonl", answer_rows(results))
 
-    lines = ["# Benchmarks", "", "```", table(results, groups), "```", "", READING, ""]
+    lines = ["# Benchmarks", "", fenced(table(results, groups)), "", READING, ""]
     figure = draw(results)
     if figure:
         figure.savefig(folder / "tasks.png", dpi=110)

@@ -11,7 +11,7 @@ import data
 from data import Tokenizer
 from evaluation.judging import scores
 from evaluation.speaking import Speaker, answer_of, load
-from formats import Message, Messages
+from formats import Message, Messages, harmless
 from model import (
     Ends,
     ScalarModel,
@@ -98,7 +98,7 @@ def reply(
     try:
         drawn = stream(speaker.model, prompt, length, temperature, speaker.end_ids, seed, row=turn)
         for piece in pieces(speaker.tokenizer, drawn, said):
-            print(piece, end="", flush=True)
+            print(harmless(piece), end="", flush=True)
     except KeyboardInterrupt:
         print(" ...", end="")
     print()
@@ -121,7 +121,8 @@ def chat(folder: str, temperature: float, seed: int, flags: Mapping[str, Any]) -
     if (beside / "config.json").exists():
         judge = load(beside, {**flags, "data.template": template}, ScalarModel)
     scored = f", scored by {beside.name}" if judge else ""
-    print(f"{speaker.path}, template {template}, temperature {temperature:g}{scored}.", end=" ")
+    heading = f"{speaker.path}, template {template}, temperature {temperature:g}{scored}."
+    print(harmless(heading), end=" ")
     print("/reset forgets the dialogue, Ctrl-C stops an answer, Ctrl-D ends.")
 
     messages: Messages = ()
@@ -142,4 +143,4 @@ def chat(folder: str, temperature: float, seed: int, flags: Mapping[str, Any]) -
             return
         # A message that is too long was not answered, so it is not part of the dialogue either.
         except ValueError as error:
-            print(error, file=sys.stderr)
+            print(harmless(str(error)), file=sys.stderr)

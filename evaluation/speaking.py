@@ -19,7 +19,7 @@ import data
 import formats
 import microcosm
 from data import DataConfig, Tokenizer, open_tokenizer
-from formats import Message, Messages, Prompt
+from formats import Message, Messages, Prompt, harmless
 from formats.files import read_json
 from formats.parsers import text_prompt
 from formats.records import without_repeats
@@ -118,7 +118,7 @@ def settings_of(file: Path) -> dict[str, Any]:
 def read_prompts(files: Sequence[str], skip_bad: bool) -> list[Prompt]:
     """Read the prompts of files, and say what became of the rows."""
     records, report = formats.read_prompts(files, skip_bad)
-    print(f"prompts: {report}", file=sys.stderr)
+    print(harmless(f"prompts: {report}"), file=sys.stderr)
     return records
 
 
@@ -233,4 +233,4 @@ def write_generations(
         is_text = prompt.messages == (text_prompt(prompt.messages[0].content),)
         asked = prompt.text if is_text else [vars(message) for message in prompt.messages]
         row = {"prompt": asked, "responses": [answer.text for answer in drawn], "ranks": None}
-        print(json.dumps(row, ensure_ascii=False), flush=True)
+        print(harmless(json.dumps(row, ensure_ascii=False)), flush=True)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 import microcosm
 import parallel
 from data import AUTO, Tokenizer, choose_template, end_ids, open_tokenizer
+from formats import harmless
 from formats.files import read_json, read_jsonl, write_jsonl
 from model import ScalarModel, Transformer, derive
 from parallel import Machine
@@ -65,7 +66,7 @@ class Run:
 
     def say(self, text: str) -> None:
         if self.machine.is_main:
-            tqdm.write(text)
+            tqdm.write(harmless(text))
 
     def bar(self, stage: str, total: int, start: int = 0) -> tqdm:
         return tqdm(total=total, initial=start, desc=f"{stage:<9}", mininterval=0.5,

@@ -21,6 +21,7 @@ import ppo
 from data import AUTO, TEMPLATES, DataConfig
 from eval import EvalConfig
 from evaluation.flags import is_in
+from formats import harmless
 from formats.files import read_json
 from model import ModelConfig
 from parallel import ParallelConfig
@@ -232,7 +233,7 @@ def config_from_file(path: str | Path) -> dict[str, Any]:
                 problems.append(f"{told}, which the run had changed: go on with the version that "
                                 f"wrote it (git {content.get('git')}), or take it out of the file")
             elif os.environ.get("RANK", "0") == "0":
-                print(f"{told}: left out", file=sys.stderr)
+                print(harmless(f"{told}: left out"), file=sys.stderr)
             continue
         try:
             values[flag] = of_type(value, types[flag])
