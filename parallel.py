@@ -1,4 +1,4 @@
-"""The machine: process group, sharding, gathering, sharded checkpoints. It knows nothing of RLHF.
+"""The machine: process group, sharding, gathering. It knows nothing of RLHF.
 
 One process uses no process group and plain modules. Several share every model (FSDP2):
 
@@ -10,16 +10,14 @@ One process uses no process group and plain modules. Several share every model (
 from __future__ import annotations
 
 import ctypes
-import json
 import os
-import shutil
 import signal
 import sys
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Mapping, NoReturn, Sequence
+from typing import Any, Callable, Iterable, Iterator, NoReturn, Sequence
 
 import torch
 import torch.distributed as dist
@@ -31,7 +29,7 @@ from torch.distributed.tensor import DTensor
 
 from model import Block, ModelConfig
 from weights.initial import random_weights
-from weights import Weights, check_weights, materialize, read_safetensors, write_safetensors
+from weights import Weights, check_weights, materialize
 
 # Up to this many parameters the whole model is one sharded unit: gathering block by block would
 # cost more in messages than it saves in memory.
@@ -39,9 +37,6 @@ BLOCKWISE_ABOVE = 20_000_000
 
 # torchrun, if it started us; read early, while it surely lives.
 LAUNCHER = os.getppid()
-
-# Models with their optimizers, by the names under which a checkpoint keeps them.
-Trained = Mapping[str, tuple[nn.Module, torch.optim.Optimizer]]
 
 
 @dataclass(frozen=True)
@@ -234,17 +229,29 @@ def from_main(make: Callable[[], Any]) -> Any:
     """Call `make` on rank 0 alone and hand its result, or its ValueError, to every rank."""
     if not dist.is_initialized():
         return make()
-    outcome: list[Any] = [None]
-    if dist.get_rank() == 0:
-        # An error has to travel too: else the other ranks would wait for the broadcast for ever.
-        try:
-            outcome = [make()]
-        except (ValueError, OSError) as error:
-            outcome = [error]
+    outcome: list[Any] = [attempt(make) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(outcome)
     if isinstance(outcome[0], Exception):
         raise outcome[0]
     return outcome[0]
+
+
+def on_all(make: Callable[[], Any]) -> list[Any]:
+    """Call `make` on every rank; hand all results, or the first ValueError, to every rank."""
+    outcomes = gather_objects(attempt(make))
+    for outcome in outcomes:
+        if isinstance(outcome, Exception):
+            raise outcome
+    return outcomes
+
+
+def attempt(make: Callable[[], Any]) -> Any:
+    """Return what `make` returns, or its error."""
+    # An error has to travel as a result does: else the other ranks would wait for it for ever.
+    try:
+        return make()
+    except (ValueError, OSError) as error:
+        return error
 
 
 # ---------------------------------------------------------------------------------------------
@@ -401,74 +408,3 @@ def grad_square_sum(model: nn.Module) -> Tensor:
         # Replicas hold equal gradients, which would else count once for each of them.
         own = own / parameters[0].device_mesh.size(0)
     return own
-
-
-# ---------------------------------------------------------------------------------------------
-# Checkpoints: one safetensors file per rank and one state.json, in a folder that appears whole
-
-# Adam's, under torch's names; each is as large as its parameter and sharded like it.
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-def save_checkpoint(path: Path, trained: Trained, state: dict, machine: Machine) -> None:
-    """Write models, optimizers and `state` (plain JSON) into a folder that appears whole."""
-    # 1. A folder under another name: a kill at any moment leaves the last checkpoint as it was.
-    partial = path.with_name(path.name + ".partial")
-    if machine.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    gather_objects(None)
-
-    # 2. Every rank writes its shards. All replicas hold the same ones, so the first writes for all.
-    tensors: dict[str, Tensor] = {}
-    steps: dict[str, float] = {}
-    for key, (model, optimizer) in trained.items():
-        for name, parameter in reshard(model).named_parameters():
-            tensors[f"{key}/weights/{name}"] = local_part(parameter)
-            adam = optimizer.state.get(parameter)
-            if not adam:
-                continue  # no step was taken yet
-            for moment in MOMENTS:
-                tensors[f"{key}/{moment}/{name}"] = local_part(adam[moment])
-            steps[key] = float(adam["step"])
-    if machine.rank < machine.shards:
-        write_safetensors(partial / f"rank{machine.rank:05d}.safetensors", tensors)
-    gather_objects(None)
-
-    # 3. All files are written: the folder takes its name, and the older ones have served.
-    if machine.is_main:
-        content = {**state, "shards": machine.shards, "optimizer_steps": steps}
-        (partial / "state.json").write_text(json.dumps(content))
-        os.rename(partial, path)
-        for old in path.parent.iterdir():
-            if old != path:
-                shutil.rmtree(old)
-    gather_objects(None)
-
-
-def load_checkpoint(path: Path, trained: Trained) -> dict:
-    """Fill models and optimizers, written by any number of ranks, and return the state."""
-    state = json.loads((path / "state.json").read_text())
-    names = [f"rank{rank:05d}.safetensors" for rank in range(state["shards"])]
-    files = [read_safetensors(path / name) for name in names]
-
-    def fill(target: Tensor, key: str) -> None:
-        # (rows of a file, ...) end to end -> (all rows, ...) -> (this rank's rows, ...): the number
-        # of ranks that wrote need not be the number that reads
-        whole = torch.cat([file[key] for file in files])
-        local_part(target).copy_(split_like(whole, target))
-
-    for key, (model, optimizer) in trained.items():
-        for name, parameter in reshard(model).named_parameters():
-            fill(parameter, f"{key}/weights/{name}")
-            if key not in state["optimizer_steps"]:
-                continue
-            # Just as a first step would have made it. The fused kernel reads `step` where the
-            # parameter lives: a number in CPU memory would be an address that a GPU cannot follow.
-            steps = state["optimizer_steps"][key]
-            adam = {"step": torch.tensor(steps, dtype=torch.float32, device=parameter.device)}
-            for moment in MOMENTS:
-                adam[moment] = torch.zeros_like(parameter)
-                fill(adam[moment], f"{key}/{moment}/{name}")
-            optimizer.state[parameter] = adam
-    return state

@@ -10,7 +10,6 @@ files. Settings, the run folder and the data of every stage are in run/.
 """
 from __future__ import annotations
 
-import json
 import sys
 import time
 from dataclasses import replace
@@ -34,9 +33,10 @@ from parallel import Machine
 from reward import RunningMoments
 from run import planner
 from run.annotation import run_annotate, run_sample
+from run.checkpoints import keep, restore
 from run.comparison import compare
-from run.folder import (Run, keep, load_model, open_folder, prepare_tokenizer, record_config,
-                        restore, save_model, timings, with_template)
+from run.folder import (Run, load_model, open_folder, prepare_tokenizer, record_config,
+                        record_time, save_model, with_template)
 from run.models import (base_model, calibration, check_tokenizer, open_reward, pair_accuracy,
                         policy_path, ppo_models, ranker)
 from run.progress import show_iteration, tell_of_few_steps
@@ -460,7 +460,7 @@ def main(args: Sequence[str]) -> None:
     machine = parallel.start(config.dtype, config.parallel)
     check_ranks(config, machine.world)
     if config.out:
-        stages_to_run(config, Path(config.out))
+        parallel.from_main(lambda: stages_to_run(config, Path(config.out)))
     # 2  the run folder and the tokenizer, made by one rank and seen by all
     out = parallel.from_main(partial(open_folder, config))
     parallel.from_main(lambda: prepare_tokenizer(config, out).path)
@@ -480,9 +480,7 @@ def main(args: Sequence[str]) -> None:
     for name in parallel.from_main(lambda: stages_to_run(config, out)):
         began = time.perf_counter()
         STAGES[name].run(run, source)
-        if machine.is_main:
-            seconds = {**timings(run), name: round(time.perf_counter() - began, 2)}
-            (out / "seconds.json").write_text(json.dumps(seconds))
+        record_time(run, name, time.perf_counter() - began)
         if name == "sample" and not ranker(run):
             break  # people's turn: they fill in the ranks, the next command goes on
     parallel.stop()

@@ -1,7 +1,6 @@
 """The evaluation of a run: every model's answers to prompts that no stage has seen."""
 from __future__ import annotations
 
-import json
 import time
 from functools import partial
 from typing import Callable, Mapping, NamedTuple, Sequence
@@ -10,7 +9,7 @@ import parallel
 from eval import assess, write_answers
 from evaluation.report import examples_text, pick_examples, table, write_report
 from formats import Prompt
-from formats.files import read_json
+from formats.files import read_json, write_json
 from reward import RewardFunction
 from run.folder import Run, load_model, timings
 from run.models import (answer, base_model, best_of, pays_by_function, ranker, reward_model,
@@ -51,10 +50,10 @@ def compare(run: Run, source: Source, policies: Sequence[str]) -> None:
     reward_path = run.result("reward")
     results["reward_model"] = (read_json(reward_path / "config.json").get("holdout_accuracy", {})
                                if reward_path else {})
-    results["seconds"] = {**timings(run), "eval": round(time.perf_counter() - began, 2)}
     if run.machine.is_main:
+        results["seconds"] = {**timings(run.out), "eval": round(time.perf_counter() - began, 2)}
         write_answers(run.out / "answers.jsonl", prompts, texts, values, drawn_texts, drawn_values)
-        (run.out / "eval.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        write_json(run.out / "eval.json", results)
         examples = pick_examples(prompts, texts, values, config.eval.show)
         sampled = pick_examples(prompts, drawn_texts, drawn_values, config.eval.show)
         said = write_report(run.out, results, examples, sampled)

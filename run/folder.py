@@ -1,8 +1,6 @@
-"""A run's folder: where results are, the log, checkpoints, model folders."""
+"""A run's folder: where results are, the log, model folders."""
 from __future__ import annotations
 
-import json
-import os
 import platform
 import shutil
 import subprocess
@@ -17,15 +15,11 @@ from tqdm import tqdm
 import microcosm
 import parallel
 from data import AUTO, Tokenizer, choose_template, end_ids, open_tokenizer
-from formats.files import read_json, read_jsonl, write_jsonl
+from formats.files import LOGS, append_line, cut_torn_line, read_json, write_bytes, write_json
 from model import ScalarModel, Transformer, derive
 from parallel import Machine
 from run.settings import Config, config_from_file, flatten
-from weights import read_config, read_weights, save_pretrained, stored_dtype
-
-# What a stage trains, by name: models and their optimizers.
-Trained = Mapping[str, tuple[nn.Module, torch.optim.Optimizer]]
-
+from weights import check_sum, read_config, read_weights, save_pretrained, stored_dtype
 
 @dataclass(frozen=True)
 class Run:
@@ -59,8 +53,7 @@ class Run:
     def append(self, name: str, row: Mapping[str, Any]) -> None:
         """Append one object to a file of JSON lines."""
         if self.machine.is_main:
-            with open(self.out / name, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            append_line(self.out / name, row)
 
     def say(self, text: str) -> None:
         if self.machine.is_main:
@@ -84,8 +77,12 @@ def find_result(config: Config, out: Path, name: str) -> Path | None:
 def open_folder(config: Config) -> Path:
     """Make the run folder: the one asked for, or the first free runs/NNN."""
     if config.out:
-        Path(config.out).mkdir(parents=True, exist_ok=True)
-        return Path(config.out)
+        out = Path(config.out)
+        out.mkdir(parents=True, exist_ok=True)
+        for name in LOGS:
+            if cut_torn_line(out / name):
+                print(f"{out / name}: its last line was torn, and is cut off")
+        return out
     for number in range(1, 10_000):
         out = Path("runs") / f"{number:03d}"
         try:
@@ -101,7 +98,7 @@ def record_config(config: Config, out: Path, world: int) -> None:
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     content = {"config": {**flatten(config), "out": str(out)}, "processes": world,
                "git": git_revision(), "versions": versions}
-    (out / "config.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_json(out / "config.json", content)
 
 
 def git_revision() -> str | None:
@@ -121,14 +118,10 @@ def prepare_tokenizer(config: Config, out: Path) -> Tokenizer:
         return open_tokenizer(Path(config.model.path))
     path = out / "tokenizer.model"
     if not path.exists():
-        partial_path = out / "tokenizer.partial"
         earlier = find_result(config, out, "tokenizer.model")
         # models of the base know the base's pieces: trained anew, other ids would mean other words
-        if earlier:
-            shutil.copyfile(earlier, partial_path)
-        else:
-            train_tokenizer(partial_path, config.model.vocab_size)
-        os.rename(partial_path, path)
+        write_bytes(path, earlier.read_bytes() if earlier else
+                    train_tokenizer(out / "tokenizer.new", config.model.vocab_size))
     return open_tokenizer(path)
 
 
@@ -146,47 +139,30 @@ def with_template(config: Config, tokenizer: Tokenizer) -> Config:
     return replace(config, data=replace(config.data, template=chosen))
 
 
-def train_tokenizer(path: Path, vocab_size: int) -> None:
+def train_tokenizer(path: Path, vocab_size: int) -> bytes:
     try:
         microcosm.train_tokenizer(path, vocab_size)
+        return path.read_bytes()
     except RuntimeError as error:
         reason = str(error).splitlines()[-1]
         raise ValueError(f"--model.vocab_size={vocab_size}: {reason}")
+    finally:
+        path.unlink(missing_ok=True)
 
 
-def timings(run: Run) -> dict[str, float]:
-    """Return the wall seconds of every finished stage."""
-    path = run.out / "seconds.json"
-    return read_json(path) if path.exists() else {}
+def timings(out: Path) -> dict[str, float]:
+    """Return the wall seconds of every finished stage; only the main rank, which writes, reads."""
+    path = out / "seconds.json"
+    try:
+        return read_json(path) if path.exists() else {}
+    except ValueError:
+        return {}  # no result hangs on them
 
 
-# ---------------------------------------------------------------------------------------------
-# Checkpoints
-
-def keep(run: Run, stage: str, step: int, steps: int, every: int, trained: Trained,
-         state: Mapping[str, Any]) -> None:
-    """Save a resumable checkpoint every `every` steps."""
-    if every and step % every == 0 and step < steps:
-        path = run.out / "checkpoints" / stage / f"{step:06d}"
-        parallel.save_checkpoint(path, trained, {**state, "step": step}, run.machine)
-
-
-def restore(run: Run, stage: str, trained: Trained) -> dict[str, Any]:
-    """Load the newest checkpoint of a stage when resuming; {} if there is none.
-
-    Log lines written after it are dropped: the steps will be taken, and logged, again.
-    """
-    if not run.config.resume:
-        return {}
-    folders = sorted((run.out / "checkpoints" / stage).glob("*"))
-    whole = [folder for folder in folders if folder.suffix != ".partial"]
-    state = parallel.load_checkpoint(whole[-1], trained) if whole else {}
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        if run.machine.is_main and (run.out / name).exists():
-            kept = [row for row in read_jsonl(run.out / name)
-                    if row["stage"] != stage or row["step"] <= state.get("step", 0)]
-            write_jsonl(run.out / name, kept)
-    return state
+def record_time(run: Run, stage: str, seconds: float) -> None:
+    """Write how long a stage took."""
+    if run.machine.is_main:
+        write_json(run.out / "seconds.json", {**timings(run.out), stage: round(seconds, 2)})
 
 
 # ---------------------------------------------------------------------------------------------
@@ -216,6 +192,9 @@ def load_model(run: Run, path: Path, kind: type[nn.Module] = Transformer,
     """Load a model folder, sharded; a scalar model from a language model gets a fresh head."""
     weights = read_weights(path)
     config = read_config(path)
+    # a bit that flipped on the disk would go on into every later model; each rank reads some files
+    files = weights.summed_files()[run.machine.rank::run.machine.world]
+    parallel.on_all(lambda: [check_sum(file) for file in files])
     if kind is ScalarModel and "score.weight" not in weights:
         generator = torch.Generator().manual_seed(derive(run.config.seed, "score head"))
         head = torch.randn(1, config.dim, generator=generator) / (config.dim + 1) ** 0.5

@@ -64,6 +64,7 @@ class Config:
     ranks: int = 8                      # processes that --plan plans for
     gpu_memory: float = 80.0            # of one GPU, for --plan [GB]
     checkpoint_every: int = 200         # optimizer steps between resumable checkpoints; 0: never
+    checkpoint_keep: int = 2            # checkpoints of a stage that stay, in case one is damaged
 
     @property
     def is_world(self) -> bool:
