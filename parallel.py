@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import signal
 import sys
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, NoReturn, Sequence
 
@@ -44,6 +46,7 @@ class ParallelConfig:
     replicas: int = 1               # groups of ranks that each hold all shards: one per node, or 1
     activation_checkpointing: bool = False  # keep the blocks' inputs alone, compute the rest again
     offload_frozen: bool = False    # reference and reward model wait in CPU memory when not in use
+    timeout: float = 30.0           # of waiting for a rank that does not answer [minutes]
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class Machine:
     dtype: torch.dtype  # of forwards and backwards; trained parameters and optimizers are float32
     config: ParallelConfig = ParallelConfig()
     mesh: DeviceMesh | None = None  # (shards,) or (replicas, shards); None: one process
+    peers: tuple[tuple[str, int], ...] = ()  # host and process of every rank
 
     @property
     def is_main(self) -> bool:
@@ -110,15 +114,22 @@ def start(dtype: str, config: ParallelConfig = ParallelConfig()) -> Machine:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     mesh = None
+    patience = timedelta(minutes=config.timeout)
+    end_with_launcher()
     if world > 1:
         # Gloo beside NCCL: rollouts and plain objects travel between the ranks' CPUs.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        store, *_ = next(dist.rendezvous("env://", timeout=patience))
+        # When torchrun starts the processes again, it still holds the addresses of those before.
+        store = dist.PrefixStore(f"start {restarts()}", store)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=patience,
+                                store=store, rank=rank, world_size=world)
         # A rank that fails right away would tear the others' connections down while they are made.
         dist.barrier()
         mesh = make_mesh(device, world, config.replicas)
     if dtype == "auto":
         dtype = "bfloat16" if cuda else "float32"
-    return Machine(rank, world, device, getattr(torch, dtype), config, mesh)
+    peers = tuple(gather_objects((platform.node(), os.getpid())))
+    return Machine(rank, world, device, getattr(torch, dtype), config, mesh, peers)
 
 
 def make_mesh(device: torch.device, world: int, replicas: int) -> DeviceMesh:
@@ -141,8 +152,21 @@ def keep_freed_memory() -> None:
         mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: nothing is given back
 
 
-def stop() -> None:
-    """Leave the process group; with several processes, the program ends here."""
+def end_with_launcher() -> None:
+    """Have the system end this process when torchrun, which started it, is gone."""
+    # An orphan would wait in a collective for ever, and hold its GPU.
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl and "TORCHELASTIC_RUN_ID" in os.environ:
+        prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != LAUNCHER:
+            os._exit(2)  # it went before that
+
+
+def stop(launcher_too: bool = False) -> None:
+    """Leave the process group; with several processes, the program ends here.
+
+    launcher_too: torchrun was asked to stop, and would report that as a failure, in pages.
+    """
     if dist.is_initialized():
         # Nobody leaves while another still waits for it.
         dist.barrier()
@@ -152,23 +176,41 @@ def stop() -> None:
         # does not take itself apart; what is still in the buffer of a pipe has to be written first.
         sys.stdout.flush()
         sys.stderr.flush()
+        if launcher_too:
+            leave(0)
         os._exit(0)
 
 
-def fail(message: str) -> NoReturn:
-    """Print one line and exit with status 2, all ranks together."""
+def fail(message: str, may_restart: bool = False) -> NoReturn:
+    """Print one line and exit with status 2, all ranks together.
+
+    may_restart: another try may do better, so torchrun stays if it has one left (--max-restarts).
+    """
     if int(os.environ.get("RANK", 0)):
         wait_for_the_main_rank()
     sys.stdout.flush()
     print(message, file=sys.stderr, flush=True)
-    # torchrun answers any failed worker with pages of traceback of its own, under which that line
-    # would be lost. So where it launched us on this machine alone, it is ended first, by a signal
-    # that it does not handle.
+    tries = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) - restarts()
+    if not may_restart or tries <= 0:
+        leave(2)
+    os._exit(2)
+
+
+def restarts() -> int:
+    """Return how often torchrun has started these processes again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def leave(status: int) -> NoReturn:
+    """End this process at once, and torchrun with it."""
+    # torchrun answers any failed worker with pages of traceback of its own, under which what was
+    # said would be lost. So where it launched us on this machine alone, it is ended first, by a
+    # signal that it does not handle.
     alone = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
     if "TORCHELASTIC_RUN_ID" in os.environ and alone and is_torchrun(LAUNCHER):
         os.kill(LAUNCHER, signal.SIGUSR1)
     # Not sys.exit: other ranks may wait in a collective that will never complete.
-    os._exit(2)
+    os._exit(status)
 
 
 def wait_for_the_main_rank() -> None:
@@ -179,6 +221,15 @@ def wait_for_the_main_rank() -> None:
     # It spoke, and the launcher is gone; or nothing has begun that one rank could fail at alone.
     if os.getppid() != LAUNCHER or not dist.is_initialized():
         os._exit(2)
+
+
+class Lost(RuntimeError):
+    """Another rank does not answer."""
+
+
+def is_lost(error: RuntimeError) -> bool:
+    """Return whether an error is that another rank does not answer."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def is_torchrun(process: int) -> bool:

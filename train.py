@@ -31,14 +31,14 @@ from formats.files import print_any_text
 from model import ScalarModel, Transformer, derive
 from parallel import Machine
 from reward import RunningMoments
-from run import planner
+from run import planner, stopping
 from run.annotation import run_annotate, run_sample
 from run.checkpoints import keep, restore
 from run.comparison import compare
-from run.folder import (Run, load_model, open_folder, prepare_tokenizer, record_config,
-                        record_time, save_model, with_template)
+from run.folder import Run, load_model, save_model
 from run.models import (base_model, calibration, check_tokenizer, open_reward, pair_accuracy,
                         policy_path, ppo_models, ranker)
+from run.opening import in_stage, opened_run, restarted, was_begun
 from run.progress import show_iteration, tell_of_few_steps
 from run.settings import Config, check_ranks, parse_args, reward_shape, usage
 from run.sources import Source, hold_out, open_source, reward_batch, sft_batch
@@ -448,42 +448,37 @@ def stages_to_run(config: Config, out: Path) -> list[str]:
     if done and done != ["eval"]:
         raise ValueError(f"{out / STAGES[done[0]].result} exists: name a fresh --out, or continue "
                          "with --resume")
+    begun = [stage for stage in stages if stage not in (*done, "eval") and was_begun(out, stage)]
+    if begun:
+        raise ValueError(f"{out}: stage {begun[0]} was begun and not finished: continue with "
+                         "--resume, or name a fresh --out")
     return stages
 
 
 def main(args: Sequence[str]) -> None:
     """Run the stages asked for."""
     # 1  settings; whatever can be refused is refused before anything is touched
-    config = parse_args(args, STAGES)
+    config = restarted(parse_args(args, STAGES))
     if config.plan:
         return planner.main(config, planner.shapes(config))
     machine = parallel.start(config.dtype, config.parallel)
     check_ranks(config, machine.world)
     if config.out:
         parallel.from_main(lambda: stages_to_run(config, Path(config.out)))
-    # 2  the run folder and the tokenizer, made by one rank and seen by all
-    out = parallel.from_main(partial(open_folder, config))
-    parallel.from_main(lambda: prepare_tokenizer(config, out).path)
-    planner.check_disk(config, out)
-    tokenizer = prepare_tokenizer(config, out)
-    config = with_template(config, tokenizer)
-    run = Run(config, machine, out, tokenizer)
-    ranker(run)  # a reward function that cannot be loaded shows now, not when it is first asked
-    if machine.is_main:
-        record_config(config, out, machine.world)
-    run.say(f"run folder: {out}   {machine.world} process(es) on {machine.device.type}, "
-            f"{str(machine.dtype).removeprefix('torch.')}")
-    # 3  what the evaluation will ask is put aside before any stage sees data
-    source = open_source(run)
-    parallel.from_main(source.choose_heldout)
-    # 4  the stages, one after the other; each finds the results of those before it in the folder
-    for name in parallel.from_main(lambda: stages_to_run(config, out)):
-        began = time.perf_counter()
-        STAGES[name].run(run, source)
-        record_time(run, name, time.perf_counter() - began)
-        if name == "sample" and not ranker(run):
-            break  # people's turn: they fill in the ranks, the next command goes on
-    parallel.stop()
+    # 2  the run folder, which no other process works in, and what is made in it once
+    with opened_run(config, machine, STAGES) as run:
+        ranker(run)  # a reward function that cannot be loaded shows now, not when first asked
+        # 3  what the evaluation will ask is put aside before any stage sees data
+        source = open_source(run)
+        parallel.from_main(source.choose_heldout)
+        # 4  the stages, one after the other; each finds the results of those before it
+        for name in parallel.from_main(lambda: stages_to_run(run.config, run.out)):
+            with in_stage(run, name):
+                STAGES[name].run(run, source)
+            if name == "sample" and not ranker(run):
+                break  # people's turn: they fill in the ranks, the next command goes on
+    # a signal that all got came from torchrun, which was asked to stop
+    parallel.stop(launcher_too=all(parallel.gather_objects(bool(stopping.received))))
 
 
 if __name__ == "__main__":
@@ -495,3 +490,7 @@ if __name__ == "__main__":
             main(sys.argv[1:])
         except (ValueError, OSError) as error:
             parallel.fail(f"train.py: error: {error}")
+        except parallel.Lost as error:
+            parallel.fail(f"train.py: error: {error}", may_restart=True)
+        except KeyboardInterrupt:
+            parallel.leave(130)  # before there was anything to save

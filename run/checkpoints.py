@@ -19,6 +19,7 @@ import parallel
 from formats.files import (LOGS, log_to_disk, names_to_disk, put_in_place, read_json, read_log,
                            write_json, write_jsonl)
 from parallel import Machine, local_part, reshard, split_like
+from run import stopping
 from run.folder import Run
 from weights import check_sum, read_safetensors, stored_sum, write_safetensors
 
@@ -34,14 +35,17 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 def keep(run: Run, stage: str, step: int, steps: int, every: int, trained: Trained,
          state: Mapping[str, Any]) -> None:
-    """Save a resumable checkpoint every `every` steps."""
-    if every and step % every == 0 and step < steps:
+    """Save a resumable checkpoint every `every` steps, and when the run is asked to stop."""
+    is_last = stopping.asked()
+    if is_last or every and step % every == 0 and step < steps:
         if run.machine.is_main:
             # its lines up to this step will not be written again
             log_to_disk(run.out)
         path = run.out / "checkpoints" / stage / f"{step:06d}"
         save_checkpoint(path, trained, {**state, "step": step}, run.machine,
                         run.config.checkpoint_keep)
+    if is_last:
+        raise stopping.Stopped(f"after step {step} of {steps} of stage {stage}")
 
 
 def restore(run: Run, stage: str, trained: Trained) -> dict[str, Any]:

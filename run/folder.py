@@ -1,10 +1,8 @@
 """A run's folder: where results are, the log, model folders."""
 from __future__ import annotations
 
-import platform
 import shutil
-import subprocess
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Mapping
 
@@ -14,11 +12,11 @@ from tqdm import tqdm
 
 import microcosm
 import parallel
-from data import AUTO, Tokenizer, choose_template, end_ids, open_tokenizer
-from formats.files import LOGS, append_line, cut_torn_line, read_json, write_bytes, write_json
+from data import Tokenizer, end_ids, open_tokenizer
+from formats.files import append_line, read_json, write_bytes, write_json
 from model import ScalarModel, Transformer, derive
 from parallel import Machine
-from run.settings import Config, config_from_file, flatten
+from run.settings import Config, config_from_file
 from weights import check_sum, read_config, read_weights, save_pretrained, stored_dtype
 
 @dataclass(frozen=True)
@@ -74,44 +72,6 @@ def find_result(config: Config, out: Path, name: str) -> Path | None:
     return next((folder / name for folder in folders if (folder / name).exists()), None)
 
 
-def open_folder(config: Config) -> Path:
-    """Make the run folder: the one asked for, or the first free runs/NNN."""
-    if config.out:
-        out = Path(config.out)
-        out.mkdir(parents=True, exist_ok=True)
-        for name in LOGS:
-            if cut_torn_line(out / name):
-                print(f"{out / name}: its last line was torn, and is cut off")
-        return out
-    for number in range(1, 10_000):
-        out = Path("runs") / f"{number:03d}"
-        try:
-            out.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        return out
-    raise ValueError("runs/ is full: give --out=FOLDER")
-
-
-def record_config(config: Config, out: Path, world: int) -> None:
-    """Write config.json: everything needed to repeat the run."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    content = {"config": {**flatten(config), "out": str(out)}, "processes": world,
-               "git": git_revision(), "versions": versions}
-    write_json(out / "config.json", content)
-
-
-def git_revision() -> str | None:
-    """Return the commit this code is at; None where there is no git, or no repository."""
-    here = Path(__file__).parent
-    try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True,
-                              text=True)
-    except OSError:
-        return None
-    return done.stdout.strip() or None
-
-
 def prepare_tokenizer(config: Config, out: Path) -> Tokenizer:
     """Open the tokenizer that the run's models were trained with; train the embedded world's."""
     if not config.is_world:
@@ -123,20 +83,6 @@ def prepare_tokenizer(config: Config, out: Path) -> Tokenizer:
         write_bytes(path, earlier.read_bytes() if earlier else
                     train_tokenizer(out / "tokenizer.new", config.model.vocab_size))
     return open_tokenizer(path)
-
-
-def with_template(config: Config, tokenizer: Tokenizer) -> Config:
-    """Return the settings with the chat template that "auto" stands for.
-
-    A base model brings none: SFT teaches it Alpaca's.
-    """
-    name = config.data.template
-    if name == AUTO and not tokenizer.own.exists:
-        name = "alpaca"
-    chosen = choose_template(name, tokenizer)
-    if chosen == config.data.template:
-        return config
-    return replace(config, data=replace(config.data, template=chosen))
 
 
 def train_tokenizer(path: Path, vocab_size: int) -> bytes:

@@ -10,7 +10,7 @@ import pytest
 
 import golden
 import train
-from formats.files import cut_torn_line, whole_file, write_json, write_jsonl, write_text
+from formats.files import append_line, cut_torn_line, whole_file, write_json, write_jsonl, write_text
 from model import Transformer
 from run import checkpoints
 from weights import load_pretrained, save_pretrained
@@ -241,3 +241,51 @@ def test_a_model_folder_from_elsewhere_has_no_checksum(finished, tmp_path):
     file = tmp_path / "sft" / "model.safetensors"
     safetensors.save_file(safetensors.load_file(file), file, metadata={"format": "pt"})
     load_pretrained(tmp_path / "sft")
+
+
+# ---------------------------------------------------------------------------------------------
+# A disk that is full, a folder that nobody may write to
+
+
+class Full:
+    """A disk that takes so many bytes and no more."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+
+    def fsync(self, file: int) -> None:
+        self.room -= os.fstat(file).st_size
+        if self.room < 0:
+            raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("room", [0, 200_000, 600_000])
+def test_a_full_disk_gets_one_line(finished, tmp_path, monkeypatch, room):
+    """Wherever it fills: with path, what is free, and how to go on; then the run ends as one on a large disk."""
+    out = tmp_path / "run"
+    monkeypatch.setattr(os, "fsync", Full(room).fsync)
+    with pytest.raises(ValueError) as error:
+        golden.tiny_run(out, "--checkpoint_every=30")
+    monkeypatch.undo()
+    said = str(error.value)
+    assert said.startswith(str(out)) and "No space left on device" in said and " MB are free; make room, then continue with: " in said
+    assert said.endswith(f"python train.py --out={out} --resume") and "\n" not in said
+    assert golden.tiny_run(out, "--resume", "--checkpoint_every=30", *([] if (out / "config.json").exists() else golden.FLAGS)) == finished[1]
+
+
+def test_a_log_on_a_full_disk(tmp_path):
+    """/dev/full takes nothing: the error names file and amount."""
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError) as error:
+        append_line(tmp_path / "metrics.jsonl", {"a": 1})
+    assert "MB were to be written" in str(error.value) and "metrics.jsonl" in str(error.value)
+
+
+def test_a_folder_that_nobody_may_write_to(finished, tmp_path, monkeypatch):
+    """As root one may write anywhere, so the system's answer is made up."""
+    def refused(path, *_):
+        raise OSError(30, "Read-only file system", str(path))
+
+    monkeypatch.setattr(os, "open", refused)
+    with pytest.raises(OSError, match=f"Read-only file system: '{tmp_path}/run/lock'"):
+        golden.tiny_run(tmp_path / "run")
