@@ -158,8 +158,9 @@ def end_with_launcher() -> None:
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl and "TORCHELASTIC_RUN_ID" in os.environ:
         prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != LAUNCHER:
-            os._exit(2)  # it went before that
+        # It may have gone before that; an orphan's parent is the first process of the system.
+        if os.getppid() != LAUNCHER or LAUNCHER == 1 and not is_torchrun(1):
+            os._exit(2)
 
 
 def stop(launcher_too: bool = False) -> None:
@@ -181,19 +182,24 @@ def stop(launcher_too: bool = False) -> None:
         os._exit(0)
 
 
-def fail(message: str, may_restart: bool = False) -> NoReturn:
-    """Print one line and exit with status 2, all ranks together.
-
-    may_restart: another try may do better, so torchrun stays if it has one left (--max-restarts).
-    """
+def fail(message: str) -> NoReturn:
+    """Print one line and exit with status 2, all ranks together."""
     if int(os.environ.get("RANK", 0)):
         wait_for_the_main_rank()
     sys.stdout.flush()
     print(message, file=sys.stderr, flush=True)
-    tries = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) - restarts()
-    if not may_restart or tries <= 0:
-        leave(2)
-    os._exit(2)
+    leave(2)
+
+
+def fail_alone(message: str) -> NoReturn:
+    """Print one line and exit with status 2, because of a rank that is lost.
+
+    Another try may do better, so torchrun stays if it has one left (--max-restarts).
+    """
+    print(message, file=sys.stderr, flush=True)
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > restarts():
+        os._exit(2)
+    leave(2)
 
 
 def restarts() -> int:
@@ -221,10 +227,6 @@ def wait_for_the_main_rank() -> None:
     # It spoke, and the launcher is gone; or nothing has begun that one rank could fail at alone.
     if os.getppid() != LAUNCHER or not dist.is_initialized():
         os._exit(2)
-
-
-class Lost(RuntimeError):
-    """Another rank does not answer."""
 
 
 def is_lost(error: RuntimeError) -> bool:

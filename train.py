@@ -466,7 +466,8 @@ def main(args: Sequence[str]) -> None:
     if config.out:
         parallel.from_main(lambda: stages_to_run(config, Path(config.out)))
     # 2  the run folder, which no other process works in, and what is made in it once
-    with opened_run(config, machine, STAGES) as run:
+    results = {name: stage.result for name, stage in STAGES.items()}
+    with opened_run(config, machine, results) as run:
         ranker(run)  # a reward function that cannot be loaded shows now, not when first asked
         # 3  what the evaluation will ask is put aside before any stage sees data
         source = open_source(run)
@@ -490,7 +491,9 @@ if __name__ == "__main__":
             main(sys.argv[1:])
         except (ValueError, OSError) as error:
             parallel.fail(f"train.py: error: {error}")
-        except parallel.Lost as error:
-            parallel.fail(f"train.py: error: {error}", may_restart=True)
+        except RuntimeError as error:
+            if not parallel.is_lost(error):
+                raise
+            parallel.fail_alone("train.py: error: another process does not answer")
         except KeyboardInterrupt:
             parallel.leave(130)  # before there was anything to save

@@ -54,9 +54,9 @@ def compare(run: Run, source: Source, policies: Sequence[str]) -> None:
                                if reward_path else {})
     if run.machine.is_main:
         results["seconds"] = {**timings(run.out), "eval": round(time.perf_counter() - began, 2)}
-        shutil.rmtree(run.out / "checkpoints" / "eval")
         write_answers(run.out / "answers.jsonl", prompts, texts, values, drawn_texts, drawn_values)
         write_json(run.out / "eval.json", results)
+        shutil.rmtree(run.out / "checkpoints" / "eval")
         examples = pick_examples(prompts, texts, values, config.eval.show)
         sampled = pick_examples(prompts, drawn_texts, drawn_values, config.eval.show)
         said = write_report(run.out, results, examples, sampled)

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Iterator, Sequence
+from typing import Iterator, Mapping, NoReturn, Sequence
 
 import torch
 from tqdm import tqdm
@@ -40,16 +40,17 @@ def restarted(config: Config) -> Config:
 
 
 @contextmanager
-def opened_run(config: Config, machine: Machine, stages: Sequence[str]) -> Iterator[Run]:
+def opened_run(config: Config, machine: Machine, results: Mapping[str, str]) -> Iterator[Run]:
     """Make a run of settings and a folder; what stops it inside is told with how to go on.
 
-    stages: the names of all stages.
+    results: of all stages, by their names.
     """
     with stopping.listening(machine.is_main):
         out = parallel.from_main(partial(open_folder, config))
-        again = command(config, out, machine.world, stages)
+        again = command(config, out, machine.world, list(results))
         lock = parallel.from_main(partial(take_lock, out))
         try:
+            parallel.from_main(partial(drop_served, out, results))
             yield prepare(config, machine, out)
         except stopping.Stopped as stopped:
             if machine.is_main:
@@ -61,12 +62,9 @@ def opened_run(config: Config, machine: Machine, stages: Sequence[str]) -> Itera
         except RuntimeError as error:
             if not parallel.is_lost(error):
                 raise
-            where = "".join(getattr(error, "__notes__", []))
-            raise parallel.Lost(f"{where}{silence(error, machine)}; continue with: {again}"
-                                ) from None
+            give_up(error, machine, again)
         finally:
-            for bar in list(getattr(tqdm, "_instances", ())):
-                bar.close()  # so that what is told begins a line of its own
+            close_bars()
             if machine.is_main:
                 free_lock(out, lock)
 
@@ -176,6 +174,14 @@ def free_lock(out: Path, lock: int) -> None:
     os.close(lock)
 
 
+def drop_served(out: Path, results: Mapping[str, str]) -> None:
+    """Remove the checkpoints of finished stages, where a kill came between result and removal."""
+    folders = (out / "checkpoints").iterdir() if (out / "checkpoints").is_dir() else ()
+    for folder in folders:
+        if (out / results.get(folder.name, folder.name)).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def was_begun(out: Path, stage: str) -> bool:
     """Return whether a run was in a stage, and left something of it."""
     names = {stage, f"{stage}_sft"}
@@ -209,16 +215,30 @@ def command(config: Config, out: Path, world: int, every: Sequence[str]) -> str:
     return f"{launcher} train.py --out={shlex.quote(str(out))} --resume{stages}"
 
 
-def silence(error: RuntimeError, machine: Machine) -> str:
-    """Say which ranks do not answer, as far as is known."""
+def close_bars() -> None:
+    """End all progress bars, so that what is told next begins a line of its own."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
+
+
+def give_up(error: RuntimeError, machine: Machine, again: str) -> NoReturn:
+    """End this process because another does not answer; the first that is alive says so."""
+    close_bars()
+    time.sleep(1)  # a process that dies closes its connections before it is gone
     here = platform.node()
-    missing = [f"rank {rank} (process {process} on {host}) {state}"
-               for rank, (host, process) in enumerate(machine.peers)
-               if host == here and (state := state_of(process))]
+    states = {rank: state_of(process) for rank, (host, process) in enumerate(machine.peers)
+              if host == here}
+    speaker = min(rank for rank, state in states.items() if not state)
+    if machine.rank != speaker:
+        time.sleep(10)  # it is ended together with the speaker
+    missing = [f"rank {rank} (process {machine.peers[rank][1]} on {here}) {state}"
+               for rank, state in states.items() if state]
     who = ", ".join(missing) or "a rank is gone or stuck, on another machine or in a computation"
     is_late = re.search("time.?out|timed out", str(error), re.IGNORECASE)
     waited = f" after {machine.config.timeout:g} minutes (--parallel.timeout)" if is_late else ""
-    return f"another process does not answer{waited}: {who}"
+    where = "".join(getattr(error, "__notes__", []))
+    parallel.fail_alone(f"train.py: error: {where}another process does not answer{waited}: {who}; "
+                        f"continue with: {again}")
 
 
 def state_of(process: int) -> str:

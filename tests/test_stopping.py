@@ -14,6 +14,7 @@ import pytest
 import golden
 import parallel
 import train
+from kill import bytes_of
 from run import annotation, comparison, opening, stopping
 
 ROOT = Path(__file__).parents[1]
@@ -63,18 +64,6 @@ WHERE = {"sft": "after step 2 of 64 of stage sft", "reward": "after step 2 of ",
 def undisturbed(tmp_path_factory) -> tuple[Path, dict]:
     out = tmp_path_factory.mktemp("runs") / "a"
     return out, golden.tiny_run(out, *SMALL)
-
-
-def bytes_of(out: Path) -> dict[str, bytes]:
-    """Return the files of a run in which nothing speaks of time or place."""
-    found = {}
-    for path in sorted(out.rglob("*")):
-        name = str(path.relative_to(out))
-        if path.is_file() and path.suffix != ".png" and name not in ("config.json", "seconds.json", "report.md"):
-            found[name] = path.read_bytes()
-    found["metrics.jsonl"] = [{k: v for k, v in row.items() if "second" not in k} for row in golden.lines(out / "metrics.jsonl")]
-    found["eval.json"] = {k: v for k, v in json.loads(found["eval.json"]).items() if k != "seconds"}
-    return found
 
 
 @pytest.mark.parametrize("stage", WHERE)
@@ -182,14 +171,13 @@ STEPS = ["--model.dim=32", "--model.n_layers=1", "--model.n_heads=2", "--model.n
 
 
 class Launched:
-    """torchrun with two ranks, of which both have taken two steps of 80."""
+    """torchrun with two ranks, which have left a checkpoint after two steps of 80."""
 
     def __init__(self, out: Path, *flags: str) -> None:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *flags]
         self.process = subprocess.Popen([*launcher, "train.py", f"--out={out}", *STEPS], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
                                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        log = out / "metrics.jsonl"
-        while not log.exists() or len(log.read_bytes().splitlines()) < 2:
+        while not (out / "checkpoints" / "sft" / "000002").exists():
             assert self.process.poll() is None, self.process.communicate()[0]
             time.sleep(0.02)
         self.main = json.loads((out / "lock").read_text())["process"]
