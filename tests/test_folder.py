@@ -11,9 +11,8 @@ import pytest
 import golden
 import train
 from formats.files import append_line, cut_torn_line, whole_file, write_json, write_jsonl, write_text
-from model import Transformer
 from run import checkpoints
-from weights import load_pretrained, save_pretrained
+from weights import load_pretrained
 
 ROOT = Path(__file__).parents[1]
 
