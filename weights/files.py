@@ -70,6 +70,7 @@ class Weights(Mapping[str, Tensor]):
 # safetensors: an 8-byte little-endian length, a JSON object of that length, the tensors' bytes
 
 NO_SUM = "0" * 8  # where the checksum of the file will stand
+PIECE = 1 << 20   # bytes that are summed at a time
 
 
 class Entry(NamedTuple):
@@ -197,8 +198,10 @@ def write_safetensors(file: Path, tensors: Mapping[str, Tensor],
         for tensor in stream:
             # as bytes, for numpy has no bfloat16
             values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-            checksum = zlib.crc32(values, checksum)
-            handle.write(values)
+            for start in range(0, len(values), PIECE):  # each is summed and written from the cache
+                piece = values[start:start + PIECE]
+                checksum = zlib.crc32(piece, checksum)
+                handle.write(piece)
         # known only now; until here the file says of itself that it is damaged
         handle.seek(beginning.index(NO_SUM.encode()))
         handle.write(f"{checksum:08x}".encode())
@@ -225,7 +228,7 @@ def check_sum(file: Path) -> None:
 @lru_cache
 def actual_sum(file: Path, stored: str, size: int, changed: int) -> str:
     """Read a .safetensors file for the checksum of its bytes; an unchanged file is read once."""
-    piece = bytearray(1 << 24)
+    piece = bytearray(PIECE)
     with open(file, "rb", buffering=0) as handle:
         # the checksum was made before it was put into the header
         beginning = handle.read(200)
