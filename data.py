@@ -15,10 +15,11 @@ from __future__ import annotations
 import bisect
 import math
 import random
+from array import array
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple, Sequence
+from typing import Iterable, NamedTuple, Sequence
 
 import torch
 from torch import Tensor
@@ -162,6 +163,29 @@ class TokenizedDialogue(NamedTuple):
         return len(self.tokens)
 
 
+class TokenizedDialogues(Sequence[TokenizedDialogue]):
+    """Dialogues in one array of 2 or 4 bytes a token: lists of Python's numbers take 16."""
+
+    def __init__(self) -> None:
+        self.words = array("H")         # of all tokens: twice the id, plus 1 if it is trained on
+        self.ends = array("q", [0])     # where the dialogues end in it
+
+    def append(self, tokens: Sequence[int], response_mask: Sequence[bool]) -> None:
+        words = [2 * token + mask for token, mask in zip(tokens, response_mask, strict=True)]
+        if self.words.typecode == "H" and max(words, default=0) >= 2 ** 16:
+            self.words = array("I", self.words)
+        self.words.extend(words)
+        self.ends.append(len(self.words))
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, place: int) -> TokenizedDialogue:
+        i = range(len(self))[place]     # counted from the end too; IndexError beyond it
+        words = self.words[self.ends[i]:self.ends[i + 1]]
+        return TokenizedDialogue([word >> 1 for word in words], [word & 1 == 1 for word in words])
+
+
 class TokenizedRanking(NamedTuple):
     prompt: list[int]
     responses: list[list[int]]          # each with its EOS, unless that was cut off
@@ -209,12 +233,12 @@ def fit(tokenizer: Tokenizer, messages: Messages, template: str,
     return without(n) if text[n:].strip() else None
 
 
-def encode_sft(records: Sequence[Dialogue], tokenizer: Tokenizer, template: str,
-               max_tokens: int) -> tuple[list[TokenizedDialogue], Report]:
+def encode_sft(records: Iterable[Dialogue], tokenizer: Tokenizer, template: str,
+               max_tokens: int) -> tuple[TokenizedDialogues, Report]:
     """Encode demonstrations; too long ones lose old turns and prompt text."""
     # They never lose the end of an answer: a model that learns from answers without EOS does not
     # learn to stop, and from there on every response is as long as allowed.
-    examples = []
+    examples = TokenizedDialogues()
     report = Report()
     for record in records:
         tokens, trained = encode_dialogue(tokenizer, record.messages, template)
@@ -226,7 +250,7 @@ def encode_sft(records: Sequence[Dialogue], tokenizer: Tokenizer, template: str,
                 continue
             report.note(f"prompt cut to fit {max_tokens} tokens", record.source)
             tokens, trained = encode_dialogue(tokenizer, messages, template)
-        examples.append(TokenizedDialogue(tokens, trained))
+        examples.append(tokens, trained)
         report.keep(len(tokens))
     report.require_rows("supervised fine-tuning", "allow more tokens")
     return examples, report

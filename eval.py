@@ -32,7 +32,7 @@ from evaluation.flags import FLAGS, Parser
 from evaluation.head_to_head import contest_text, read_judgments, to_judge, write_page
 from evaluation.report import calibration_text
 from evaluation.statistics import SHARES, calibration, change_interval, contest, mean, prefer
-from formats import Prompt
+from formats import Prompt, harmless
 from formats.files import print_any_text, write_jsonl
 from model import ScalarModel
 
@@ -45,9 +45,9 @@ RUBRIC = Path(microcosm.__file__).with_name("rubric.py")
 class EvalConfig:
     prompts: tuple[str, ...] = ()       # prompt files; none: prompts held out from ppo.prompts
     in_domain: int = 500                # unseen advertisements (embedded world)
-    general: int = 720                  # unseen prompts over the 12 general tasks (embedded world)
-    holdout: int = 64                   # prompts held out from ppo.prompts
-    show: int = 3                       # prompts shown with all answers
+    general: int = 720                  # likewise, over the 12 general tasks; 0: none
+    holdout: int = 64                   # prompts held out from ppo.prompts; 0: none
+    show: int = 3                       # prompts shown with all answers; 0: none
     reference: str = "sft"              # the model that all others are compared with
     best_of: int = 5                    # adds the SFT model's best of so many samples; 0: off
     models: tuple[str, ...] = ()        # only these are asked; none: all there are
@@ -251,7 +251,7 @@ def run_compare(args: argparse.Namespace) -> None:
         said = f"judged by {args.judge or 'the rubric'}"
         if is_people:
             write_jsonl(Path(args.judge), to_judge(args.first, args.second, pairs))
-            print(WAITING.format(n=len(pairs), path=args.judge))
+            print(harmless(WAITING.format(n=len(pairs), path=args.judge)))
             return
 
     # The domain and the general tasks are contests of their own.
@@ -264,7 +264,7 @@ def run_compare(args: argparse.Namespace) -> None:
     # The page holds every pair, losses first: numbers say how much, texts say what.
     summary = "\n".join(lines)
     write_page(Path(args.page), args.first, args.second, summary, pairs)
-    print(summary, f"side by side: {args.page}", sep="\n")
+    print(harmless(f"{summary}\nside by side: {args.page}"))
 
 
 WAITING = """{n} pairs wait in {path}, each in both orders. Replace every "preference": null
@@ -283,10 +283,10 @@ def run_reward(args: argparse.Namespace) -> None:
     # As in training: what is too long is cut alike for all responses to a prompt.
     context = judge.model.config.max_seq_len
     ranked, cut = data.encode_rankings(records, judge.tokenizer, judge.data.template, context)
-    print(f"data: {report}", f"rankings: {cut}", sep="\n", file=sys.stderr)
+    print(harmless(f"data: {report}\nrankings: {cut}"), file=sys.stderr)
     # Raw scores, not standardised ones: their differences are the log-odds that training fitted.
     margins, is_best = judging.judge_rankings(judge, ranked)
-    print(calibration_text(calibration(margins), is_best))
+    print(harmless(calibration_text(calibration(margins), is_best)))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -338,7 +338,7 @@ def main(args: Sequence[str]) -> None:
         parsed.run(parsed)
     # What a user can cause is one line. Anything else is a fault of this code, and keeps its trace.
     except (ValueError, OSError) as error:
-        print(f"eval.py: error: {error}", file=sys.stderr)
+        print(harmless(f"eval.py: error: {error}"), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\neval.py: stopped", file=sys.stderr)

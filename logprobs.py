@@ -21,6 +21,15 @@ Mask = Tensor | None  # (B, T) bool; what None means, each docstring says
 # which it was chosen. These functions cross from one way of counting to the other, and nothing
 # outside of them shifts anything.
 
+def finite(x: Tensor) -> Tensor:
+    """Return what a model said; ValueError if it is no number."""
+    # a token drawn from NaN would be an answer like any other, and a score of NaN might win
+    if not x.isfinite().all():
+        raise ValueError("the model answers NaN: its weights are damaged or have diverged, or it "
+                         "overflows: try --dtype=float32")
+    return x
+
+
 def check_predecessors(response_mask: Tensor) -> None:
     """Raise ValueError if the first token of a row, which nothing predicts, is to be scored."""
     if response_mask[:, 0].any():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from itertools import groupby
+from math import inf
 from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
 import torch
@@ -18,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 # positions; what a model says of tokens; how a token is drawn, and noise: all of it under this
 # module's name too, model.token_logprobs, model.derive ...
-from logprobs import (Mask, last_scores, token_logprobs, token_logprobs_and_entropy,
+from logprobs import (Mask, finite, last_scores, token_logprobs, token_logprobs_and_entropy,
                       token_values)
 from rotary import Rope, rope_table, rotate
 from sampling import Generation, check_lengths, choose, derive, filter_logits, row_uniforms
@@ -63,8 +64,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in (field.name for field in fields(self) if field.type in ("int", "float")):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not value > 0:
-                raise ValueError(f"{name}={value!r} must be positive and a number")
+            if type(value) not in (int, float) or not 0 < value < inf:  # true is no number
+                raise ValueError(f"{name}={value!r} must be a finite number above 0")
         # rotary angles turn pairs within a head
         if self.head_size % 2 or self.dim % self.n_heads and not self.head_dim:
             raise ValueError(f"dim={self.dim} must be a multiple of 2 * n_heads={2 * self.n_heads}")
@@ -362,6 +363,7 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int,
                                  top_p, eos_id, noise, stop)
         # a list, so that all steps run first: to read numbers is to wait for the device
         for step in list(steps):
+            finite(step.logprobs)
             for row, token, logprob in zip(*(column.tolist() for column in step)):
                 generation.tokens[start + row].append(token)
                 generation.logprobs[start + row].append(logprob)

@@ -29,6 +29,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from formats import harmless
 from model import Block, ModelConfig
 from weights.initial import random_weights
 from weights import Weights, check_weights, materialize
@@ -187,7 +188,7 @@ def fail(message: str) -> NoReturn:
     if int(os.environ.get("RANK", 0)):
         wait_for_the_main_rank()
     sys.stdout.flush()
-    print(message, file=sys.stderr, flush=True)
+    print(harmless(message), file=sys.stderr, flush=True)
     leave(2)
 
 
@@ -196,7 +197,7 @@ def fail_alone(message: str) -> NoReturn:
 
     Another try may do better, so torchrun stays if it has one left (--max-restarts).
     """
-    print(message, file=sys.stderr, flush=True)
+    print(harmless(message), file=sys.stderr, flush=True)
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > restarts():
         os._exit(2)
     leave(2)

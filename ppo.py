@@ -25,7 +25,7 @@ Where the paper is silent or practice differs:
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Callable, Collection, NamedTuple, Sequence
+from typing import Callable, Collection, Iterator, NamedTuple, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -49,20 +49,20 @@ class PPOConfig(SamplingConfig):
     batch_size: int = 128               # episodes per rollout, all ranks together
     minibatch_size: int = 32            # episodes per optimizer step, all ranks together
     epochs: int = 2                     # passes over a rollout
-    lr: float = 4e-4                    # actor's peak learning rate
-    critic_lr: float = 1e-3             # critic's peak learning rate
+    lr: float = 4e-4                    # actor's peak learning rate; 0: it does not learn
+    critic_lr: float = 1e-3             # critic's peak learning rate; 0: it does not learn
     lr_end: float = 0.1                 # last learning rate, as a share of the peak (linear decay)
     warmup: float = 0.0                 # share of the iterations in which learning rates rise
     weight_decay: float = 0.0           # AdamW's, on matrices
-    max_grad_norm: float = 1.0          # the gradient's global norm is clipped to it
+    max_grad_norm: float = 1.0          # the gradient's global norm is clipped to it; 1e9: never
     reward: str = "auto"                # what pays; auto: the reward model if there is one
-    kl_coef: float = 0.15               # KL penalty per token, in reward units per nat
+    kl_coef: float = 0.15               # KL penalty per token, in reward units per nat; 0: none
     kl_kind: str = "k1"                 # estimator of the per-token KL
     kl_in: str = "reward"               # where the penalty acts; in the loss: k2, no whitening
     kl_target: float = 0.0              # nats per response; above 0 kl_coef adapts to hold it
     kl_horizon: int = 10_000            # episodes over which the adaptive controller acts
     advantage: str = "gae"              # estimator; group, leave_one_out: no critic, groups of 2+
-    gamma: float = 1.0                  # discount per token (gae)
+    gamma: float = 1.0                  # discount per token (gae); 0: only the next reward counts
     gae_lambda: float = 0.95            # 1: Monte Carlo returns, 0: one-step differences (gae)
     clip_range: float = 0.2             # of the ratio
     value_clip_range: float = 0.2       # of the value, in reward units; 0: off
@@ -75,26 +75,24 @@ class PPOConfig(SamplingConfig):
     ptx_coef: float = 0.0               # weight of an SFT loss beside the actor's (PPO-ptx)
     loss_average: str = "tokens"        # what counts equally in a minibatch
     critic_init: str = "reward"         # the model whose weights the critic starts from
-    critic_warmup: int = 0              # first iterations in which only the critic learns
+    critic_warmup: int = 0              # first iterations in which only the critic learns; 0: none
 
-    def __post_init__(self) -> None:
-        """Refuse what would do nothing, or something else than it says."""
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"ppo.{name}={getattr(self, name)!r}: use {one_of(choices)}")
+    def problems(self) -> Iterator[str]:
+        """Yield what settings would do together: nothing, or something else than they say."""
         if self.kl_in == "loss" and self.kl_kind == "k1":
-            raise ValueError("ppo.kl_in='loss' with ppo.kl_kind='k1': the expected gradient of k1 "
-                             "is zero, so it would do nothing; use k2")
+            yield ("--ppo.kl_in=loss with --ppo.kl_kind=k1: the expected gradient of k1 is zero, "
+                   "so it would do nothing; use k2")
         for name in ("minibatch_size", "responses_per_prompt"):
             if self.batch_size % getattr(self, name):
-                raise ValueError(f"ppo.batch_size={self.batch_size} must be a multiple of "
-                                 f"ppo.{name}={getattr(self, name)}")
+                yield (f"--ppo.batch_size={self.batch_size} must be a multiple of "
+                       f"--ppo.{name}={getattr(self, name)}")
         if self.responses_per_prompt < ADVANTAGES[self.advantage].least_responses:
-            raise ValueError(f"ppo.advantage={self.advantage!r} compares the responses to one "
-                             "prompt: set ppo.responses_per_prompt to 2 or more")
-        if self.temperature <= 0:
-            raise ValueError("ppo.temperature must be above 0: PPO needs samples, not the greedy "
-                             "answer")
+            yield (f"--ppo.advantage={self.advantage} compares the responses to one prompt: set "
+                   "--ppo.responses_per_prompt to 2 or more")
+        # the controller may take a fifth of n / horizon off kl_coef, which must stay above 0
+        if self.kl_target and self.batch_size >= 5 * self.kl_horizon:
+            yield (f"--ppo.kl_horizon={self.kl_horizon} is too short for --ppo.batch_size="
+                   f"{self.batch_size}: more than a fifth of it, or kl_coef changes its sign")
 
     @property
     def has_critic(self) -> bool:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from data import pad
 from formats import Prompt
-from model import Transformer, generate, last_scores
+from model import Transformer, finite, generate, last_scores
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class RewardConfig:
     ffn_dim: int = 0                    # likewise
     sampled_prompts: int = 9_000        # prompts to draw responses for
     in_domain_share: float = 0.7        # of these prompts (embedded world)
-    temperatures: tuple[float, ...] = (0.7, 1.0, 1.0, 1.0, 1.3)  # the paper's 5 decoding settings
+    temperatures: tuple[float, ...] = (0.7, 1.0, 1.0, 1.0, 1.3)  # the paper's 5 settings; 0: greedy
     top_p: float = 1.0                  # nucleus for these responses
     generation_batch: int = 1024        # responses sampled at once, per rank
     noise: float = 0.05                 # deviation of a function's error as annotator [its units]
@@ -52,11 +52,11 @@ class RewardConfig:
     epochs: float = 2.0                 # passes over the rankings
     batch_size: int = 64                # prompts per optimizer step, all ranks together
     microbatch_size: int = 32           # prompts per forward, per rank
-    lr: float = 1.5e-3                  # peak learning rate
+    lr: float = 1.5e-3                  # peak learning rate; 0: nothing is learnt
     lr_end: float = 0.1                 # last learning rate, as a share of the peak (linear decay)
     warmup: float = 0.05                # share of the steps over which the learning rate rises
     weight_decay: float = 0.1           # AdamW's, on matrices
-    max_grad_norm: float = 1.0          # the gradient's global norm is clipped to it
+    max_grad_norm: float = 1.0          # the gradient's global norm is clipped to it; 1e9: never
 
 
 # ---------------------------------------------------------------------------------------------
@@ -170,7 +170,8 @@ def model_scores(model: nn.Module, rows: Sequence[list[int]], microbatch_size: i
     for start in range(0, len(rows), microbatch_size):
         tokens, attention_mask = pad(rows[start:start + microbatch_size])
         device = model.score.weight.device
-        scores += last_scores(model, tokens.to(device), attention_mask.to(device)).tolist()
+        said = last_scores(model, tokens.to(device), attention_mask.to(device))
+        scores += finite(said).tolist()
     return scores
 
 

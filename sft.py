@@ -24,18 +24,18 @@ class SFTConfig:
     epochs: float = 4.0                 # passes over the data
     batch_size: int = 128               # sequences per optimizer step, all ranks together
     microbatch_size: int = 32           # sequences per forward, per rank
-    lr: float = 3e-3                    # peak learning rate
+    lr: float = 3e-3                    # peak learning rate; 0: nothing is learnt
     lr_end: float = 0.05                # last learning rate, as a share of the peak (linear decay)
     warmup: float = 0.03                # share of the steps over which the learning rate rises
     weight_decay: float = 0.1           # AdamW's, on matrices
-    max_grad_norm: float = 1.0          # the gradient's global norm is clipped to it
+    max_grad_norm: float = 1.0          # the gradient's global norm is clipped to it; 1e9: never
 
 
 @dataclass(frozen=True)
 class TopConfig:
     """SFT continued on the top-ranked answers; all that is not here is as in SFTConfig."""
     epochs: float = 2.0                 # passes over them
-    lr: float = 3e-4                    # peak learning rate
+    lr: float = 3e-4                    # peak learning rate; 0: nothing is learnt
 
 
 class Batch(NamedTuple):

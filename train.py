@@ -35,12 +35,14 @@ from run import planner, stopping
 from run.annotation import run_annotate, run_sample
 from run.checkpoints import keep, restore
 from run.comparison import compare
+from run.continuing import stages_to_run
 from run.folder import Run, load_model, save_model
+from run.health import Watch, not_finite, told
 from run.models import (base_model, calibration, check_tokenizer, open_reward, pair_accuracy,
                         policy_path, ppo_models, ranker)
-from run.opening import in_stage, opened_run, restarted, was_begun
+from run.opening import in_stage, opened_run, restarted
 from run.progress import show_iteration, tell_of_few_steps
-from run.settings import Config, check_ranks, parse_args, reward_shape, usage
+from run.settings import check_ranks, parse_args, reward_shape, usage
 from run.sources import Source, hold_out, open_source, reward_batch, sft_batch
 
 
@@ -115,8 +117,7 @@ def update(model: nn.Module, optimizer: torch.optim.Optimizer, terms: Sequence[T
     #    so a step that is not finite is not taken; a long one is shortened, its direction kept.
     norm = parallel.all_sum(parallel.grad_square_sum(model)).sqrt()
     if not torch.isfinite(norm):
-        raise ValueError(f"the gradient is not finite ({result}): lower the learning rate; "
-                         "nothing was updated")
+        raise not_finite(model, optimizer, terms, machine, norm_name)
     # 1e-6 keeps a gradient of zero from being divided by zero
     shrink = (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
     for group in optimizer.param_groups:
@@ -152,6 +153,7 @@ def train_on(run: Run, name: str, model: nn.Module, examples: Sequence[Any],
     steps = max(1, round(config.epochs * len(examples) / config.batch_size))
     start = restore(run, name, {"model": (model, optimizer)}).get("step", 0)
     tell_of_few_steps(run, name, len(examples), steps)
+    watch = Watch(run, name)
     bar = run.bar(name, steps, start)
     for step in range(start, steps):
         began = time.perf_counter()
@@ -170,6 +172,7 @@ def train_on(run: Run, name: str, model: nn.Module, examples: Sequence[Any],
         stats["tokens_per_second"] = (parallel.all_sum(tokens).item()
                                       / (time.perf_counter() - began))
         run.log(name, step + 1, **stats, lr=lr)
+        watch.look(step + 1, stats)
         shown = {key: f"{stats[key]:.3f}" for key in show}
         shown["tokens/s"] = tqdm.format_sizeof(stats["tokens_per_second"])
         bar.set_postfix(shown, refresh=False)
@@ -286,6 +289,7 @@ def run_ppo(run: Run, source: Source) -> None:
     moments = RunningMoments(**state.get("moments", {}))
     rescale = moments.rescale if config.score_scale == "running" else ppo.identity
     checkpoint_every = -(-run.config.checkpoint_every // config.steps_per_rollout)  # iterations
+    watch = Watch(run, "ppo")
     bar = run.bar("ppo", config.iterations, start)
 
     for iteration in range(start, config.iterations):
@@ -302,12 +306,15 @@ def run_ppo(run: Run, source: Source) -> None:
         steps = ppo.learn(rollout, config, updates, derive(run.config.seed, "learn", iteration),
                           run.machine.microbatches)
 
+        # by construction 1, whatever was learnt since
+        stats["first_ratio_max"] = steps[0].get("ratio_max", 1.0)
         stats.update(summary(steps), kl_coef=controller.kl_coef,
                      seconds_rollout=rolled - began, seconds_update=time.perf_counter() - rolled)
         # kl_coef for the next iteration, from the KL of this one before its updates
         if config.kl_target > 0:
             controller.update(stats["kl"], config.batch_size)
         show_iteration(run, iteration + 1, episodes, rollout, stats, bar)
+        watch.look(iteration + 1, stats)
         keep(run, "ppo", iteration + 1, config.iterations, checkpoint_every, trained,
              {"kl_coef": controller.kl_coef, "moments": vars(moments)})
     bar.close()
@@ -436,35 +443,14 @@ STAGES = {
 }
 
 
-def stages_to_run(config: Config, out: Path) -> list[str]:
-    """Drop stages that are not needed; refuse to overwrite a result."""
-    # with rankings from files there is nothing to sample and nobody to ask
-    idle = ("sample", "annotate") if config.reward.data else ()
-    stages = [stage for stage in config.stages if stage not in idle]
-    done = [stage for stage in stages if (out / STAGES[stage].result).exists()]
-    # the evaluation may be repeated: it changes nothing that another stage reads
-    if config.resume:
-        return [stage for stage in stages if stage not in done or stage == "eval"]
-    if done and done != ["eval"]:
-        raise ValueError(f"{out / STAGES[done[0]].result} exists: name a fresh --out, or continue "
-                         "with --resume")
-    begun = [stage for stage in stages if stage not in (*done, "eval") and was_begun(out, stage)]
-    if begun:
-        raise ValueError(f"{out}: stage {begun[0]} was begun and not finished: continue with "
-                         "--resume, or name a fresh --out")
-    return stages
-
-
 def main(args: Sequence[str]) -> None:
     """Run the stages asked for."""
     # 1  settings; whatever can be refused is refused before anything is touched
-    config = restarted(parse_args(args, STAGES))
+    config = parse_args(restarted(args), STAGES)
     if config.plan:
         return planner.main(config, planner.shapes(config))
     machine = parallel.start(config.dtype, config.parallel)
     check_ranks(config, machine.world)
-    if config.out:
-        parallel.from_main(lambda: stages_to_run(config, Path(config.out)))
     # 2  the run folder, which no other process works in, and what is made in it once
     results = {name: stage.result for name, stage in STAGES.items()}
     with opened_run(config, machine, results) as run:
@@ -473,8 +459,11 @@ def main(args: Sequence[str]) -> None:
         source = open_source(run)
         parallel.from_main(source.choose_heldout)
         # 4  the stages, one after the other; each finds the results of those before it
-        for name in parallel.from_main(lambda: stages_to_run(run.config, run.out)):
-            with in_stage(run, name):
+        left = parallel.from_main(partial(stages_to_run, STAGES, run.config, run.out))
+        if not left:
+            run.say("nothing is left to do: every stage asked for has its result")
+        for name in left:
+            with in_stage(run, name), told(run, name):
                 STAGES[name].run(run, source)
             if name == "sample" and not ranker(run):
                 break  # people's turn: they fill in the ranks, the next command goes on

@@ -7,7 +7,8 @@
     reading    files to items
     questions  items to questions with demonstrations, questions to token ids
     trees      the choices of one question as branches of one row
-    engine     a model that is asked: scores, texts, verdicts on programs (sandbox.py, confined.py)
+    engine     a model that is asked: scores, texts, verdicts on programs
+    sandbox    programs run with their tests, in two processes (checking), confined (confined)
     asking     a task's questions through an engine
     results    from values to means, errors, and changes between models
     report     the tables and the files

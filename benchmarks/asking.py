@@ -13,6 +13,7 @@ from benchmarks.items import Outcome
 from benchmarks.metrics import pass_at_k
 from benchmarks.questions import Asked, Question, encode_question
 from benchmarks.results import Result, Values, summarize
+from benchmarks.sandbox import Program
 from benchmarks.tasks import Task
 
 TRIES = (1, 10, 100)        # k of pass@k, as far as there are samples
@@ -48,7 +49,9 @@ def check_programs(
         item = question.item
         if item.checks:
             owners += [i] * len(samples)
-            programs += [f"{item.opening}{outcome.text}\n{item.checks}" for outcome in samples]
+            programs += [
+                Program(outcome.text, item.checks, item.opening, item.asked) for outcome in samples
+            ]
     right = dict.fromkeys(owners, 0)
     if programs:
         for i, passes in zip(owners, engine.check(programs, name)):

@@ -29,6 +29,8 @@ from benchmarks.reading import Unavailable
 from benchmarks.results import Result, Results
 from benchmarks.tasks import GENERIC, GROUPS, TASKS, Task
 from data import Tokenizer, choose_template, open_tokenizer
+from evaluation.flags import number
+from formats import harmless
 from formats.files import read_json
 from weights import load_pretrained
 
@@ -114,7 +116,7 @@ def prepare(name: str, options: argparse.Namespace) -> Prepared:
                 f"{name} runs programs that the model writes: allow it with --allow-code-execution"
             )
         # Whether programs can be confined here shows now, not after the model has written them.
-        sandbox.passes("")
+        sandbox.require_confinement()
     return Prepared(task, questions)
 
 
@@ -156,7 +158,7 @@ def template_of(folder: Path, tokenizer: Tokenizer) -> str:
     """
     around = folder.resolve().parent / "config.json"
     settings = read_json(around).get("config") if around.is_file() else None
-    if not isinstance(settings, dict) or "data.template" not in settings:
+    if not isinstance(settings, dict) or not isinstance(settings.get("data.template"), str):
         return tokenizer.own.name or "plain"
     try:
         return choose_template(settings["data.template"], tokenizer)
@@ -202,15 +204,6 @@ def evaluate_model(
 # ---------------------------------------------------------------------------------------------
 # The command
 
-def at_least(least: int) -> Any:
-    """Make a reader of whole numbers for argparse, which refuses smaller ones."""
-    def number(text: str) -> int:
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
-        return int(text)
-    return number
-
-
 def parse_options(args: Sequence[str]) -> argparse.Namespace:
     """Read the command line; an error exits with status 2."""
     parser = argparse.ArgumentParser(
@@ -224,20 +217,20 @@ def parse_options(args: Sequence[str]) -> argparse.Namespace:
                         help="names of tasks, groups and files, separated by commas")
     parser.add_argument("--data", type=Path,
                         help="folder with the benchmarks' files")
-    parser.add_argument("--shots", type=at_least(0),
-                        help="demonstrations before a question, from the task's train.jsonl "
-                             "(the harness's number)")
-    parser.add_argument("--limit", type=at_least(1),
-                        help="at most so many questions of every part of a task, drawn by the seed")
-    parser.add_argument("--seed", type=int, default=0,
-                        help="of the questions drawn and of samples (0)")
-    parser.add_argument("--batch_tokens", type=at_least(1),
-                        help="tokens of a batch, padding included "
-                             f"({GPU_BATCH_TOKENS} on a GPU, {CPU_BATCH_TOKENS} on a CPU)")
+    parser.add_argument("--shots", **number(
+        int, "[0, 1000]", "demonstrations before a question, from the task's train.jsonl "
+        "(the harness's number)"))
+    parser.add_argument("--limit", **number(
+        int, "[1, 1e9]", "at most so many questions of every part of a task, drawn by the seed"))
+    parser.add_argument("--seed", default=0, **number(
+        int, "[0, 9e18]", "of the questions drawn and of samples (0)"))
+    parser.add_argument("--batch_tokens", **number(
+        int, "[1, 1e9]", "tokens of a batch, padding included "
+        f"({GPU_BATCH_TOKENS} on a GPU, {CPU_BATCH_TOKENS} on a CPU)"))
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
                         help="of the model (auto: bfloat16 on a GPU)")
-    parser.add_argument("--samples", type=at_least(1), default=1,
-                        help="programs per code problem, for pass@10 and pass@100 (1, greedy)")
+    parser.add_argument("--samples", default=1, **number(
+        int, "[1, 1e4]", "programs per code problem, for pass@10 and pass@100 (1, greedy)"))
     parser.add_argument("--allow-code-execution", action="store_true",
                         help="run the programs that the model writes, confined")
     parser.add_argument("--out", type=Path,
@@ -268,7 +261,7 @@ def run(options: argparse.Namespace) -> None:
     for name, model in models.items():
         results[name] = evaluate_model(name, model, ready, machine, options)
     if machine.is_main:
-        print(report.table(results, asked.groups))
+        print(harmless(report.table(results, asked.groups)))
         if out:
             report.write(out, results, asked.groups, settings_json(options))
     parallel.stop()

@@ -1,13 +1,11 @@
-"""The program that runs another one, confined; sandbox.py starts it in a process of its own.
+"""Confines a process for good: limits, a filter of system calls, and no more root.
 
-What to run, its limits and the secret come through standard input, which is then at its end. It
-prints "confined " once the kernel's filter is in place, and the secret once the program has come to
-its end. It uses the standard library alone and nothing of this project: `python -I` finds neither.
+checking.py, a process of its own, puts it on itself before it runs anything. It uses the standard
+library alone and nothing of this project: `python -I` finds neither.
 """
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import platform
 import resource
@@ -142,9 +140,45 @@ def filter_code(machine: str) -> bytes:
     return code + give(REFUSE)
 
 
+# ---------------------------------------------------------------------------------------------
+# Put on this process
+
+NOBODY = 65534                          # the user, and the group, that own nothing
+LIBC = ctypes.CDLL(None, use_errno=True)
+DUMPABLE, NO_NEW_PRIVILEGES, SECCOMP, MODE_FILTER = 4, 38, 22, 2    # as prctl numbers them
+
+
 class Program(ctypes.Structure):
     """The kernel's struct sock_fprog."""
     _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.c_char_p)]
+
+
+def hide(hidden: bool = True) -> None:
+    """Close this process's memory and environment to other processes of its user, or open them."""
+    LIBC.prctl(DUMPABLE, int(not hidden), 0, 0, 0)
+
+
+def give_up_root() -> None:
+    """Become nobody, in no group; OSError if that is not allowed."""
+    # Python's own folders may be closed to that user, below /root for instance: what is held open
+    # stays within reach, and is now looked for there.
+    held = {
+        path: f"/proc/self/fd/{os.open(path, os.O_RDONLY)}"
+        for path in sys.path if os.path.isdir(path)
+    }
+    for module in list(sys.modules.values()):
+        for path in held:
+            places = getattr(module, "__path__", ())
+            if any(place.startswith(path + "/") for place in places):
+                module.__path__ = [place.replace(path, held[path], 1) for place in places]
+                break
+    sys.path[:] = held.values()
+    sys.path_importer_cache.clear()
+
+    os.setgroups([])
+    os.setresgid(NOBODY, NOBODY, NOBODY)
+    os.setresuid(NOBODY, NOBODY, NOBODY)
+    hide(False)                         # the change has hidden it, from itself too: /proc/self/fd
 
 
 def confine(memory: int, file_size: int, seconds: int) -> None:
@@ -164,41 +198,8 @@ def confine(memory: int, file_size: int, seconds: int) -> None:
             limit = min(limit, hard)
         resource.setrlimit(kind, (limit, limit))
 
-    libc = ctypes.CDLL(None, use_errno=True)
     # Without the first, the second takes root: a filter could mislead programs of another user.
-    no_new_privileges, set_seccomp, mode_filter = 38, 22, 2
     program = Program(len(code) // 8, code)
-    if (libc.prctl(no_new_privileges, 1, 0, 0, 0)
-            or libc.prctl(set_seccomp, mode_filter, ctypes.byref(program), 0, 0)):
+    if (LIBC.prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0)
+            or LIBC.prctl(SECCOMP, MODE_FILTER, ctypes.byref(program), 0, 0)):
         raise OSError(ctypes.get_errno(), "no seccomp filter")
-
-
-class Silence:
-    """Takes what the program prints: nobody reads it, and much would exceed the limit on files."""
-
-    def write(self, text: str) -> int:
-        return len(text)
-
-    def flush(self) -> None:
-        pass
-
-    def isatty(self) -> bool:
-        return False
-
-
-def run() -> None:
-    """Read a task, confine this process, run the program, and if it comes to its end say so."""
-    task = json.load(sys.stdin)
-    confine(task["memory"], task["file_size"], task["seconds"])
-    os.write(1, b"confined ")
-    sys.stdout = sys.stderr = Silence()
-    exec(compile(task["program"], "program", "exec"), {"__name__": "__main__"})
-    os.write(1, task["secret"].encode())
-
-
-if __name__ == "__main__":
-    try:
-        run()
-    except BaseException:  # whatever it raises, SystemExit too: it did not come to its end
-        pass
-    os._exit(0)  # at once: no handler that the program has registered runs

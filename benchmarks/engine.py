@@ -109,7 +109,7 @@ class Engine:
             return decode_response(self.tokenizer, ids, self.template)
         return self.tokenizer.decode(ids)
 
-    def check(self, programs: Sequence[str], name: str) -> list[bool]:
+    def check(self, programs: Sequence[sandbox.Program], name: str) -> list[bool]:
         """Run generated programs, each rank its share; return which of them pass."""
         mine = self.machine.part(list(programs))
 

@@ -16,6 +16,7 @@ class Item:
     shown: str = ""                     # the answer in a demonstration, if not the first right one
     checks: str = ""                    # program text that raises unless the code before is right
     opening: str = ""                   # program text before the generated code
+    asked: tuple[str, ...] = ()         # names that the generated code defines
 
     @property
     def right_answer(self) -> str:

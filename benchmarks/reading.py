@@ -61,6 +61,54 @@ def decode(path: Path) -> str:
         raise ValueError(f"{path}: not UTF-8 ({where}); convert it with iconv") from None
 
 
+class NotText:
+    """A value that no text may be made of: "Q: None" and "Q: ['x']" would be asked unnoticed."""
+
+    def __format__(self, spec: str) -> str:
+        raise TypeError("a text is expected")
+
+
+class List(NotText, list):
+    pass
+
+
+class Object(NotText, dict):
+    pass
+
+
+class Integer(NotText, int):
+    pass
+
+
+class Real(NotText, float):
+    pass
+
+
+class Empty(NotText, str):
+    pass
+
+
+class Null(NotText):
+    def __bool__(self) -> bool:
+        return False
+
+    def __str__(self) -> str:
+        return ""
+
+
+def guarded(value: Any) -> Any:
+    """Return a value of JSON in which everything but strings with something in them is NotText."""
+    if isinstance(value, str):
+        return value or Empty()
+    if isinstance(value, list):
+        return List(map(guarded, value))
+    if isinstance(value, dict):
+        return Object({key: guarded(part) for key, part in value.items()})
+    if value is None:
+        return Null()
+    return Real(value) if isinstance(value, float) else Integer(value)
+
+
 def check_item(item: Item) -> None:
     """Raise BadRow for a question with no right answer, or with a choice that cannot be scored."""
     texts = (item.query, *item.queries, *item.choices, *item.answers)
@@ -88,7 +136,7 @@ def read_item(task: Task, raw: Any, stem: str) -> Read | None:
 
     stem: name of the file without its ending, which a task finds as row["file"].
     """
-    row = {**parse_row(raw), "file": stem}
+    row = guarded({**parse_row(raw), "file": stem})
     try:
         item = task.read(row)
         part = task.part(row)
@@ -100,6 +148,8 @@ def read_item(task: Task, raw: Any, stem: str) -> Read | None:
     if item is None:
         return None
     check_item(item)
+    if not isinstance(part, str):
+        raise BadRow("the part that a row belongs to must be a string", f"got {part!r}")
     return Read(item, part)
 
 

@@ -1,7 +1,6 @@
 """What people see of results: the table, and the files of --out."""
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any, Iterator, NamedTuple, Sequence
@@ -12,6 +11,7 @@ from benchmarks.results import (
 from benchmarks.tasks import GROUPS
 from evaluation.plots import draw_tasks
 from formats.files import whole_file, write_json, write_jsonl, write_text
+from formats.showing import fenced
 
 READING = """Values and standard errors as lm-evaluation-harness gives them. **change** is the last
 model less the one before it, question by question, with the 95 % interval of Agresti and Min
@@ -191,7 +191,7 @@ def write(folder: Path, results: Results, groups: Sequence[str], settings: dict[
     write_json(folder / "results.json", to_json(results, groups, settings))
     write_jsonl(folder / "answers.jsonl", answer_rows(results))
 
-    lines = ["# Benchmarks", "", "```", table(results, groups), "```", "", READING, ""]
+    lines = ["# Benchmarks", "", fenced(table(results, groups)), "", READING, ""]
     figure = draw(results)
     if figure:
         with whole_file(folder / "tasks.png") as file:

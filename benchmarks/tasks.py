@@ -66,13 +66,22 @@ def letters(n: int) -> tuple[str, ...]:
     return tuple(string.ascii_uppercase[:n])
 
 
-def choose(query: str, choices: Sequence[str], gold: int) -> Item:
-    return Item(query, tuple(choices), (int(gold),))
+def several(value: Any) -> tuple[Any, ...]:
+    """Return a list as a tuple; of a text it would be the letters."""
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"a list is expected, got {value!r}")
+    return tuple(value)
+
+
+def choose(query: str, choices: Sequence[str], gold: int | str) -> Item:
+    if isinstance(gold, float):
+        raise TypeError(f"an index is expected, got {gold!r}")
+    return Item(query, several(choices), (int(gold),))
 
 
 def lettered(query: str, options: Sequence[str], gold: int, ask: str) -> Item:
     """Ask for the letter of an option: the options one a line, then `ask`."""
-    names = letters(len(options))
+    names = letters(len(several(options)))
     lines = [f"{name}. {option}" for name, option in zip(names, options)]
     return choose("\n".join([query, *lines, ask]), names, gold)
 
@@ -115,7 +124,7 @@ def winogrande(row: Row) -> Item:
     before, after = row["sentence"].split("_", 1)
     return Item(
         choices=(after.strip(),) * 2,
-        gold=("12".index(row["answer"]),),
+        gold=(("1", "2").index(row["answer"]),),
         queries=(before + row["option1"], before + row["option2"]),
     )
 
@@ -188,7 +197,7 @@ def mmlu(row: Row) -> Item:
     if "choices" in row:
         return lettered(row["question"].strip(), row["choices"], row["answer"], "Answer:")
     options = [row[name] for name in "ABCD"]
-    return lettered(row["Question"].strip(), options, "ABCD".index(row["Answer"]), "Answer:")
+    return lettered(row["Question"].strip(), options, letters(4).index(row["Answer"]), "Answer:")
 
 
 def mmlu_subject(row: Row) -> str:
@@ -202,7 +211,7 @@ def mmlu_description(part: str, folder: Path) -> str:
 
 def cmmlu(row: Row) -> Item:
     options = [row[name] for name in "ABCD"]
-    return lettered(row["Question"].strip(), options, "ABCD".index(row["Answer"]), "答案：")
+    return lettered(row["Question"].strip(), options, letters(4).index(row["Answer"]), "答案：")
 
 
 def cmmlu_description(part: str, folder: Path) -> str:
@@ -223,8 +232,8 @@ def agieval(row: Row) -> Item:
     listed = " ".join(options)
     chinese = f"问题：{question} 选项：{listed}\n答案：从A到{last}, 我们应选择"
     english = f"Q: {question} Answer Choices: {listed}\nA: Among A through {last}, the answer is"
-    gold = tuple(string.ascii_uppercase.index(letter) for letter in row["label"])
-    return Item(passage + (chinese if is_chinese else english), tuple(options), gold)
+    gold = tuple(letters(len(options)).index(letter) for letter in row["label"])
+    return Item(passage + (chinese if is_chinese else english), several(options), gold)
 
 
 def agieval_acc(item: Item, outcome: Outcome) -> float:
@@ -256,12 +265,12 @@ def triviaqa(row: Row) -> Item:
     if "context" in row:
         question = row["context"].removeprefix("Question: ").removesuffix("\nAnswer:")
         question = question.removesuffix("?")
-        return Item(f"Question: {question}?\nAnswer:", answers=tuple(row["aliases"]))
-    return Item(f"Question: {row['question']}?\nAnswer:", answers=tuple(row["answer"]["aliases"]))
+        return Item(f"Question: {question}?\nAnswer:", answers=several(row["aliases"]))
+    return Item(f"Question: {row['question']}?\nAnswer:", answers=several(row["answer"]["aliases"]))
 
 
 def nq_open(row: Row) -> Item:
-    return Item(f"Q: {row['question']}?\nA:", answers=tuple(row["answer"]))
+    return Item(f"Q: {row['question']}?\nA:", answers=several(row["answer"]))
 
 
 def bbh(row: Row) -> Item:
@@ -277,16 +286,25 @@ def bbh_shots(part: str, folder: Path) -> str:
 def humaneval(row: Row) -> Item:
     checks = f"{row['test']}\ncheck({row['entry_point']})"
     prompt = row["prompt"]
-    return Item(prompt, checks=checks, opening=prompt, shown=row["canonical_solution"])
+    return Item(
+        prompt, checks=checks, opening=prompt, asked=(row["entry_point"],),
+        shown=row["canonical_solution"])
 
 
 def mbpp_item(row: Row) -> Item:
-    checks = "\n".join(row["test_list"][:3])
+    """Show the tests with the question, and run them."""
+    checks = "\n".join(f"{test}" for test in several(row["test_list"])[:3])
+    if not checks:
+        raise ValueError("no test")
     query = (
         "You are an expert Python programmer, and here is your task: "
         f"{row['text']} Your code should pass these tests:\n\n{checks}\n[BEGIN]\n"
     )
-    return Item(query, checks=f"{row['test_setup_code']}\n{checks}", shown=f"{row['code']}\n[DONE]")
+    # what the solution defines: one is called sum
+    asked = tuple(re.findall(r"^(?:def|class)\s+(\w+)", row["code"], re.MULTILINE))
+    return Item(
+        query, checks=row["test_setup_code"] + f"\n{checks}", asked=asked,
+        shown=f"{row['code']}\n[DONE]")
 
 
 def mbpp(row: Row) -> Item | None:
@@ -437,15 +455,15 @@ def generic(row: Row) -> Item:
         if isinstance(gold, str):
             gold = row["choices"].index(gold)
         gold = tuple(gold) if isinstance(gold, list) else (gold,)
-        return Item(row["query"], tuple(row["choices"]), gold)
+        return Item(row["query"], several(row["choices"]), gold)
     if "context_options" in row:
-        contexts = tuple(row["context_options"])
+        contexts = several(row["context_options"])
         same = (row["continuation"],) * len(contexts)
         return Item(choices=same, gold=(row["gold"],), queries=contexts)
     if "continuation" in row:
         return Item(row["context"], (row["continuation"],), (0,))
     if "answer" in row:
-        return Item(row["context"], answers=(row["answer"], *row.get("aliases", ())))
+        return Item(row["context"], answers=(row["answer"], *several(row.get("aliases", ()))))
     fields = "query, choices, gold; or context, continuation; or context, answer, aliases"
     raise BadRow("not a generic task", f"give {fields}")
 

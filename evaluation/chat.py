@@ -11,8 +11,16 @@ import data
 from data import Tokenizer
 from evaluation.judging import scores
 from evaluation.speaking import Speaker, answer_of, load
-from formats import Message, Messages
-from model import Ends, ScalarModel, Transformer, check_lengths, generation_steps, row_uniforms
+from formats import Message, Messages, harmless
+from model import (
+    Ends,
+    ScalarModel,
+    Transformer,
+    check_lengths,
+    finite,
+    generation_steps,
+    row_uniforms,
+)
 
 
 @torch.no_grad()
@@ -23,6 +31,7 @@ def stream(model: Transformer, prompt: list[int], max_new_tokens: int, temperatu
     noise = row_uniforms(seed, [row], max_new_tokens)
     for step in generation_steps(model, [prompt], max_new_tokens, temperature, 0, 1.0, eos_id,
                                  noise):
+        finite(step.logprobs)
         yield step.tokens.item()
 
 
@@ -89,7 +98,7 @@ def reply(
     try:
         drawn = stream(speaker.model, prompt, length, temperature, speaker.end_ids, seed, row=turn)
         for piece in pieces(speaker.tokenizer, drawn, said):
-            print(piece, end="", flush=True)
+            print(harmless(piece), end="", flush=True)
     except KeyboardInterrupt:
         print(" ...", end="")
     print()
@@ -112,7 +121,8 @@ def chat(folder: str, temperature: float, seed: int, flags: Mapping[str, Any]) -
     if (beside / "config.json").exists():
         judge = load(beside, {**flags, "data.template": template}, ScalarModel)
     scored = f", scored by {beside.name}" if judge else ""
-    print(f"{speaker.path}, template {template}, temperature {temperature:g}{scored}.", end=" ")
+    heading = f"{speaker.path}, template {template}, temperature {temperature:g}{scored}."
+    print(harmless(heading), end=" ")
     print("/reset forgets the dialogue, Ctrl-C stops an answer, Ctrl-D ends.")
 
     messages: Messages = ()
@@ -133,4 +143,4 @@ def chat(folder: str, temperature: float, seed: int, flags: Mapping[str, Any]) -
             return
         # A message that is too long was not answered, so it is not part of the dialogue either.
         except ValueError as error:
-            print(error, file=sys.stderr)
+            print(harmless(str(error)), file=sys.stderr)

@@ -16,26 +16,33 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} (see --help)")
 
 
-def at_least(low: float, kind: type) -> Callable[[str], Any]:
-    """Return a reader of numbers that are not below `low`."""
+def is_in(value: float, interval: str) -> bool:
+    """Return whether a number lies in an interval; in "(0, 1]" 0 does not and 1 does."""
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    return (low < value or low == value and interval[0] == "[") and (
+        value < high or value == high and interval[-1] == "]"
+    )
 
-    def read(text: str) -> Any:
+
+def number(kind: type, interval: str, text: str) -> dict[str, Any]:
+    """Return the options of a flag that is a number in an interval. text: its help."""
+
+    def read(given: str) -> Any:
         try:
-            value = kind(text)
+            value = kind(given)
         except ValueError:
             value = math.nan
-        if not low <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text}: expected {kind.__name__} of at least {low}")
+        if not is_in(value, interval):
+            raise argparse.ArgumentTypeError(f"{given}: expected {kind.__name__} in {interval}")
         return value
 
-    return read
+    return {"type": read, "metavar": "N", "help": f"{interval}: {text}"}
 
 
 JUDGE_HELP = """reward model folder; or a reward function, a .py file with score(prompt, response,
 answer); or a .json or .jsonl file of judgments, read if it is there, written if not"""
 FOLDER = {"metavar": "DIR", "help": "model folder"}
 FILES = {"metavar": "FILE", "help": "prompt files, comma-separated"}
-COUNT = {"type": at_least(1, int), "metavar": "N"}
 # Flags named as in train.py have the same meaning; what is not given is as in the model's run.
 TEMPLATE = {
     "choices": tuple(TEMPLATES),
@@ -43,27 +50,16 @@ TEMPLATE = {
 }
 LAYOUT = {"--data.template": TEMPLATE}
 LENGTH = {
-    "--data.max_response_tokens": {
-        **COUNT,
-        "help": "where answers end; default: as in the run, else 512",
-    }
+    "--data.max_response_tokens": number(
+        int, "[1, 1e6]", "where answers end; default: as in the run, else 512"
+    )
 }
 SKIP = {
     "--data.skip_bad": {"action": "store_true", "help": "leave malformed rows out and count them"}
 }
 SAMPLING = {
-    "--temperature": {
-        "type": at_least(0, float),
-        "default": 1.0,
-        "metavar": "T",
-        "help": "0 is greedy; default 1",
-    },
-    "--seed": {
-        "type": at_least(0, int),
-        "default": 0,
-        "metavar": "N",
-        "help": "of the sampling noise; default 0",
-    },
+    "--temperature": {**number(float, "[0, 100]", "0 is greedy; default 1"), "default": 1.0},
+    "--seed": {**number(int, "[0, 9e18]", "of the sampling noise; default 0"), "default": 0},
 }
 FLAGS: dict[str, dict[str, dict[str, Any]]] = {
     "compare": {
@@ -94,7 +90,7 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {
     "generate": {
         "folder": FOLDER,
         "--prompts": {**FILES, "required": True},
-        "--n": {**COUNT, "default": 1, "help": "answers to each prompt; default 1"},
+        "--n": {**number(int, "[1, 1e6]", "answers to each prompt; default 1"), "default": 1},
         **SAMPLING,
         **LAYOUT,
         **LENGTH,

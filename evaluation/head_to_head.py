@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, Iterator, Mapping, NamedTuple, Sequence
@@ -12,6 +11,7 @@ from formats import BadRow
 from formats.files import write_text
 from formats.parsers import get_preference
 from formats.rows import get, get_optional, parse_row, read_rows
+from formats.showing import escaped
 
 # -------------------------------------------------------------------------------------------------
 # Texts
@@ -202,20 +202,20 @@ pre {{ background: #f5f5f5; padding: 1em; white-space: pre-wrap }}
 
 
 def side_html(name: str, text: str, note: str, is_better: bool) -> str:
-    label = html.escape(" ".join((name, note)))
+    label = escaped(" ".join((name, note)))
     style = " class=better" if is_better else ""
-    return f"<p{style}><small>{label}</small>\n{html.escape(text)}</p>"
+    return f"<p{style}><small>{label}</small>\n{escaped(text)}</p>"
 
 
 def section_html(first: str, second: str, pair: Pair) -> str:
     """Lay out one pair: the prompt, both answers side by side, the truth if there is one."""
     parts = [
-        f"<p class=prompt>{html.escape(pair.prompt)}</p>",
+        f"<p class=prompt>{escaped(pair.prompt)}</p>",
         side_html(first, pair.first, pair.notes[0], pair.preference > 0.5),
         side_html(second, pair.second, pair.notes[1], pair.preference < 0.5),
     ]
     if pair.truth:
-        parts.append(f"<p class=truth><small>truth</small> {html.escape(pair.truth)}</p>")
+        parts.append(f"<p class=truth><small>truth</small> {escaped(pair.truth)}</p>")
     return f"<section>{''.join(parts)}</section>"
 
 
@@ -230,11 +230,11 @@ def write_page(path: Path, first: str, second: str, summary: str, pairs: Sequenc
     for name, sign in (("losses", 0.0), ("wins", 1.0), ("ties", 0.5)):
         chosen = [pair for pair in pairs if prefer(pair.preference, 0.5) == sign]
         links.append(f"<a href=#{name}>{name}: {len(chosen)}</a>")
-        body.append(f"<h2 id={name}>{html.escape(first)}, {name}: {len(chosen)}</h2>")
+        body.append(f"<h2 id={name}>{escaped(first)}, {name}: {len(chosen)}</h2>")
         body += [section_html(first, second, pair) for pair in chosen]
     page = PAGE.format(
-        title=html.escape(f"{first} against {second}"),
-        summary=html.escape(summary),
+        title=escaped(f"{first} against {second}"),
+        summary=escaped(summary),
         links=" &middot; ".join(links),
         body="\n".join(body),
     )

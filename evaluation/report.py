@@ -14,6 +14,7 @@ from evaluation.plots import write_plots
 from evaluation.statistics import SHARES, mean, share_interval
 from formats import Prompt
 from formats.files import write_text
+from formats.showing import fenced, harmless
 
 # -------------------------------------------------------------------------------------------------
 # The table
@@ -273,7 +274,7 @@ def write_report(
     plots = write_plots(out, results)
     last = list(results["models"])[-1]
     reference = results["reference"]
-    lines = [f"# Run {out.name}", "", "```", table(results).strip("\n"), "```", ""]
+    lines = [f"# Run {harmless(out.name)}", "", fenced(table(results).strip("\n")), ""]
     reading = [BASE] if "base" in results["models"] else []
     if last in results["changes"]:
         reading.append(CHANGE.format(compared=last, reference=reference))
@@ -283,10 +284,10 @@ def write_report(
     # The table at the top has room for one change, the last model's. Here are the others.
     for name in results["changes"]:
         if name != last:
-            lines += [f"## {name} against {reference}", "", "```"]
-            lines += [*columns(results, [reference, name], name), "```", ""]
-    lines += ["## Examples", "", "```", examples_text(examples), "```", ""]
-    lines += ["## The same, drawn", "", DRAWN, "", "```", examples_text(drawn), "```", ""]
+            lines += [f"## {name} against {reference}", ""]
+            lines += [fenced("\n".join(columns(results, [reference, name], name))), ""]
+    lines += ["## Examples", "", fenced(examples_text(examples)), ""]
+    lines += ["## The same, drawn", "", DRAWN, "", fenced(examples_text(drawn)), ""]
     hint = ""
     if not plots:
         advice = "`pip install matplotlib`, then run `--stages=eval` again"

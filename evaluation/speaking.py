@@ -19,7 +19,7 @@ import data
 import formats
 import microcosm
 from data import DataConfig, Tokenizer, open_tokenizer
-from formats import Message, Messages, Prompt
+from formats import Message, Messages, Prompt, harmless
 from formats.files import read_json
 from formats.parsers import text_prompt
 from formats.records import without_repeats
@@ -63,7 +63,7 @@ def load(
     tokenizer = open_tokenizer(path)
     # The run around a folder knows how its prompts were written and how long its answers may be.
     around = path.resolve().parent / "config.json"
-    settings = read_json(around).get("config", {}) if around.exists() else {}
+    settings = settings_of(around) if around.exists() else {}
     given = {flag: value for flag, value in flags.items() if value is not None}
     chosen = {**settings, **given}
     # a ValueError now, not after the weights are read
@@ -86,6 +86,31 @@ def load(
     return Speaker(path, model, tokenizer, DataConfig(template, context - length, length), settings)
 
 
+# What is used here of the settings of a run, and may be missing where another version wrote them.
+USED = {
+    "model.path": str,
+    "data.template": str,
+    "data.max_response_tokens": int,
+    "ppo.generation_batch": int,
+    "ppo.microbatch_size": int,
+    "eval.in_domain": int,
+    "eval.general": int,
+    "seed": int,
+}
+
+
+def settings_of(file: Path) -> dict[str, Any]:
+    """Return the flat settings in the config.json of a run; ValueError names what is no setting."""
+    settings = read_json(file).get("config", {})
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file}: config is {str(settings)[:80]}, expected an object")
+    for flag, kind in USED.items():
+        value = settings.get(flag, kind())
+        if type(value) is not kind or kind is int and value < 0:
+            raise ValueError(f"{file}: {flag} is {str(value)[:80]}, expected {kind.__name__}")
+    return settings
+
+
 # -------------------------------------------------------------------------------------------------
 # Prompts and answers
 
@@ -93,7 +118,7 @@ def load(
 def read_prompts(files: Sequence[str], skip_bad: bool) -> list[Prompt]:
     """Read the prompts of files, and say what became of the rows."""
     records, report = formats.read_prompts(files, skip_bad)
-    print(f"prompts: {report}", file=sys.stderr)
+    print(harmless(f"prompts: {report}"), file=sys.stderr)
     return records
 
 
@@ -117,8 +142,11 @@ def encode(speaker: Speaker, records: Sequence[Prompt]) -> list[Prompt]:
 def world_prompts(settings: Mapping[str, Any]) -> list[Prompt]:
     """Return the prompts that the evaluation of a run on the embedded world asks."""
     # The same draws as in the run itself, so compare and the run's table agree.
-    items = microcosm.evaluation_items(
-        settings["eval.in_domain"], settings["eval.general"], settings["seed"])
+    drawn_by = ("eval.in_domain", "eval.general", "seed")
+    missing = [flag for flag in drawn_by if flag not in settings]
+    if missing:
+        raise ValueError(f"the run's config.json lacks {', '.join(missing)}: give --prompts=FILE")
+    items = microcosm.evaluation_items(*[settings[flag] for flag in drawn_by])
     return [
         Prompt((Message("user", item.prompt),), f"prompt {n}", item.answer, item.task)
         for n, item in enumerate(items, 1)
@@ -158,19 +186,22 @@ def answers(
     The noise of an answer depends on (seed, its place among all answers) alone, not on the batch.
     """
     # n answers to a prompt are n rows, so a batch holds that many prompts fewer.
-    size = max(1, speaker.settings.get("ppo.generation_batch", 32) // n)
+    size = max(1, (speaker.settings.get("ppo.generation_batch") or 32) // n)
     for start in range(0, len(prompts), size):
         part = [prompt for prompt in prompts[start : start + size] for _ in range(n)]
-        drawn = generate(
-            speaker.model,
-            [list(prompt.ids) for prompt in part],
-            speaker.data.max_response_tokens,
-            temperature,
-            eos_id=speaker.end_ids,
-            seed=seed,
-            # row i * n + k is answer k to prompt i
-            rows=range(start * n, start * n + len(part)),
-        ).tokens
+        try:
+            drawn = generate(
+                speaker.model,
+                [list(prompt.ids) for prompt in part],
+                speaker.data.max_response_tokens,
+                temperature,
+                eos_id=speaker.end_ids,
+                seed=seed,
+                # row i * n + k is answer k to prompt i
+                rows=range(start * n, start * n + len(part)),
+            ).tokens
+        except ValueError as error:  # of several models, which
+            raise ValueError(f"{speaker.path}: {error}") from None
         given = [answer_of(speaker, prompt.messages, ids) for prompt, ids in zip(part, drawn)]
         for i in range(0, len(given), n):
             yield given[i : i + n]
@@ -202,4 +233,4 @@ def write_generations(
         is_text = prompt.messages == (text_prompt(prompt.messages[0].content),)
         asked = prompt.text if is_text else [vars(message) for message in prompt.messages]
         row = {"prompt": asked, "responses": [answer.text for answer in drawn], "ranks": None}
-        print(json.dumps(row, ensure_ascii=False), flush=True)
+        print(harmless(json.dumps(row, ensure_ascii=False)), flush=True)

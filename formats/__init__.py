@@ -10,7 +10,13 @@ Every format is parsed to one Example; each stage takes from it what it learns f
  - an *uninformative* row (equal, tied or unannotated responses) is always left out and counted
  - what is kept but deserves a look (duplicates, empty responses) is counted as well: see Report
 """
-from formats.reading import read_dialogues, read_files, read_prompts, read_rankings
+from formats.reading import (
+    read_dialogues,
+    read_files,
+    read_prompts,
+    read_rankings,
+    stream_dialogues,
+)
 from formats.records import (
     BadRow,
     Dialogue,
@@ -23,3 +29,4 @@ from formats.records import (
     Uninformative,
     dialogue_text,
 )
+from formats.showing import harmless

@@ -28,7 +28,7 @@ def read_json(path: Path) -> dict:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds {type(content).__name__}, expected an object")
@@ -47,7 +47,7 @@ def read_jsonl(path: Path) -> list[dict]:
             continue
         try:
             row = json.loads(line.decode("utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}:{number}: not valid JSON ({error})") from None
         if not isinstance(row, dict):
             raise ValueError(f"{path}:{number}: holds {type(row).__name__}, expected an object")

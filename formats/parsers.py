@@ -35,6 +35,7 @@ ROLES = {
 DIALOGUES = ("messages", "conversations", "conversation", "items")  # fields that hold one
 REPLIES = ("response", "completion", "answer")                      # fields that hold one response
 SYSTEMS = ("system", "system_prompt")                               # fields with a system text
+LABELS = ("label", "kto_tag")                                       # fields with KTO's mark
 PASSAGES = ("context", "passage")       # fields with the text that the question is about
 INPUT = "\n\n### Input:\n"              # joins Alpaca's instruction and input, as in its template
 HH_ANSWER = "\n\nAssistant:"
@@ -191,14 +192,29 @@ def any_prompt(row: Row) -> list[Message]:
     """
     if "instruction" in row and "prompt" not in row:
         return alpaca_prompt(row)
-    for name in ("prompt", "question", *DIALOGUES):
-        if name in row:
-            is_list = name in DIALOGUES or name == "prompt" and isinstance(row[name], list)
-            turns = parse_messages(row, name) if is_list else prompt_turns(get(row, name), name)
-            if turns and turns[-1].role == "user":
-                turns[-1] = with_passage(row, turns[-1])
-            return [*system_of(row), *turns]
-    return []
+    name = only_one(row, ("prompt", "question")) or only_one(row, DIALOGUES)
+    if not name:
+        return []
+    is_list = name in DIALOGUES or name == "prompt" and isinstance(row[name], list)
+    turns = parse_messages(row, name) if is_list else prompt_turns(get(row, name), name)
+    if turns and turns[-1].role == "user":
+        turns[-1] = with_passage(row, turns[-1])
+    return [*system_of(row), *turns]
+
+
+def only_one(row: Row, names: Sequence[str]) -> str:
+    """Return which of the names for one thing a row has, "" if none; BadRow if two say different.
+
+    Which of them is meant nobody knows, and whoever made the file thought that both are read.
+    """
+    found = [name for name in names if name in row]
+    first, *others = [name for name in found if row[name] is not None] or found or [""]
+    for other in others:
+        said = [parse_messages(row, name) if name in DIALOGUES else row[name]
+                for name in (first, other)]
+        if said[0] != said[1]:
+            raise BadRow(f"fields '{first}' and '{other}' say different things", "keep one")
+    return first
 
 
 def prompt_turns(text: str, name: str) -> list[Message]:
@@ -338,13 +354,13 @@ def parse_ultrafeedback(row: Row) -> Iterator[Example]:
 # Demonstrations and prompts
 
 def parse_alpaca(row: Row) -> Iterator[Example]:
-    """{instruction, input?, system?, history?, output?: text | [text, ...]}."""
+    """{instruction, input?, system?, history?, output?: text | [text, ...], label?}."""
     # Alpaca-farm's output is a list of samples that nobody ranked: its prompts serve PPO.
     if isinstance(row.get("output"), list):
         responses = get_list(row, "output", str)
     else:
         responses = [get(row, "output")] if "output" in row else []
-    yield make_example(alpaca_prompt(row), responses)
+    yield make_example(alpaca_prompt(row), responses, flaw=flaw_of(row))
 
 
 def parse_instances(row: Row) -> Iterator[Example]:
@@ -364,17 +380,19 @@ def parse_dialogue(row: Row) -> Iterator[Example]:
 def parse_prompt_response(row: Row) -> Iterator[Example]:
     """{prompt: text | messages, response? | completion? | answer?, label?} | {question, ...}."""
     prompt = any_prompt(row)
-    replies = [name for name in REPLIES if name in row]
-    if replies:
-        turns, response = read_reply(prompt, row, replies[0])
+    reply = only_one(row, REPLIES)
+    if reply:
+        turns, response = read_reply(prompt, row, reply)
         yield make_example(turns, [response], flaw=flaw_of(row))
     else:
         yield split_answer(prompt)
 
 
 def flaw_of(row: Row) -> str:
-    """{label?: boolean}: KTO's. False marks an answer that nobody should imitate."""
-    return "marked as undesirable (label: false)" if row.get("label") is False else ""
+    """{label? | kto_tag?: boolean}: KTO's. False marks an answer that nobody should imitate."""
+    # as CSV and pandas write it, too
+    is_bad = any(str(row.get(name)).lower() in ("false", "0", "0.0") for name in LABELS)
+    return "marked as undesirable (label: false)" if is_bad else ""
 
 
 # ------------------------------------------------------------------------------------------

@@ -102,13 +102,13 @@ def notes_on(record: Record, example: Example, given: Example) -> Iterator[str]:
         yield "with an empty response"
 
 
-def read_file(path: str | Path, make: Make, skip_bad: bool) -> tuple[list[Any], Report]:
-    """Return a file's usable rows as records.
+def stream_file(
+    path: str | Path, make: Make, skip_bad: bool, report: Report
+) -> Iterator[Record]:
+    """Yield a file's usable rows as records, and fill its report.
 
     ValueError for the first bad row (unless skip_bad), and if no row is usable.
     """
-    records = []
-    report = Report()
     for source, raw in read_rows(path):
         try:
             row = Watched(parse_row(raw))
@@ -123,7 +123,6 @@ def read_file(path: str | Path, make: Make, skip_bad: bool) -> tuple[list[Any], 
                 raise ValueError(f"{source}: {fault}; {advice}") from None
             report.skip(fault.reason, source)
         else:
-            records += made
             for name in row.unread_texts:
                 report.note(f"with a text that nothing here reads, '{name}'", source)
             # One row may give several records (self-instruct's instances): those are counted.
@@ -131,32 +130,39 @@ def read_file(path: str | Path, make: Make, skip_bad: bool) -> tuple[list[Any], 
                 report.keep()
                 for note in notes_on(record, example, as_given):
                     report.note(note, source)
+            yield from made
     report.require_rows(str(path), "check that the file suits this stage")
-    return records, report
+
+
+def stream_files(
+    paths: Sequence[str | Path], make: Make, skip_bad: bool, total: Report
+) -> Iterator[Record]:
+    """Yield the records of files in order, and fill a report, with what occurs more than once."""
+    # Duplicates stay: to repeat a row is a common way to give it weight. But it is said. Of the
+    # records themselves only a hash of 64 bits is kept, or this would hold all of the files.
+    seen: set[int] = set()
+    judged: dict[Any, Any] = {}
+    repeats = Report()
+    for path in [paths] if isinstance(paths, (str, Path)) else paths:
+        report = Report()
+        for record in stream_file(path, make, skip_bad, report):
+            content = hash(replace(record, source=""))
+            if content in seen:
+                repeats.note("exact duplicates", record.source)
+            elif disagrees(record, judged):
+                repeats.note("contradict another row", record.source)
+            seen.add(content)
+            yield record
+        total.add(report)
+    total.add(repeats)
 
 
 def read_files(
     paths: Sequence[str | Path], make: Make, skip_bad: bool
 ) -> tuple[list[Any], Report]:
     """Read files in order, and count what occurs more than once in them."""
-    records = []
-    total = Report()
-    for path in [paths] if isinstance(paths, (str, Path)) else paths:
-        rows, report = read_file(path, make, skip_bad)
-        records += rows
-        total.add(report)
-
-    # Duplicates stay: to repeat a row is a common way to give it weight. But it is said.
-    seen: set[Record] = set()
-    judged: dict[Any, Any] = {}
-    for record in records:
-        content = replace(record, source="")
-        if content in seen:
-            total.note("exact duplicates", record.source)
-        elif disagrees(record, judged):
-            total.note("contradict another row", record.source)
-        seen.add(content)
-    return records, total
+    report = Report()
+    return list(stream_files(paths, make, skip_bad, report)), report
 
 
 def disagrees(record: Record, judged: dict[Any, Any]) -> bool:
@@ -172,6 +178,13 @@ def disagrees(record: Record, judged: dict[Any, Any]) -> bool:
     if isinstance(record, Prompt) and record.answer is not None:
         return judged.setdefault(record.messages, record.answer) != record.answer
     return False
+
+
+def stream_dialogues(
+    paths: Sequence[str | Path], skip_bad: bool, report: Report
+) -> Iterator[Dialogue]:
+    """Yield what `read_dialogues` returns, row by row; the report is whole at the end."""
+    return stream_files(paths, to_dialogue, skip_bad, report)
 
 
 def read_dialogues(

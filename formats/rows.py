@@ -128,11 +128,46 @@ def load_whole(path: str | Path, content: bytes) -> Any:
         raise ValueError(f"{path}:{line}: {problem}") from None
 
 
+def numbered_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
+    """Yield the lines of a plain file of JSON lines as they are read; none of any other file.
+
+    Such a file begins with an object on a line of its own, and goes on.
+    """
+    try:
+        file = open(path, "rb")
+    except OSError:
+        return  # `read_bytes` says what is wrong
+    with file:
+        lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
+        number, first = next(lines, (0, b""))
+        second = next(lines, None)
+        first = first.removeprefix(codecs.BOM_UTF8)
+        if second is None or not is_object(first):
+            return
+        yield number, first
+        yield second
+        yield from lines
+
+
+def is_object(line: bytes) -> bool:
+    """Whether a line is a whole JSON object, and not the beginning of one."""
+    try:
+        return line.lstrip().startswith(b"{") and load_json(line) is not None
+    except (ValueError, RecursionError):
+        return False
+
+
 def read_rows(path: str | Path) -> Iterator[tuple[str, Any]]:
     """Yield (source, row) of an array, of {"data": [...]} or {"examples": [...]}, of lines or CSV.
 
     A line stays bytes until `parse_row`, so that a broken line is one bad row and not a bad file.
+    Plain JSON lines are read one by one; any other file stands in memory as long as it is read.
     """
+    number = 0
+    for number, line in numbered_lines(path):
+        yield f"{path}:{number}", line.removesuffix(b"\n")
+    if number:
+        return
     content = read_bytes(path)
     whole = load_whole(path, content)
     if isinstance(whole, dict):
@@ -159,9 +194,13 @@ class Cells(list):
 
 def csv_delimiter(content: bytes) -> str:
     """Return what parts the columns, if the first line names them as CSV does; "" if it is JSON."""
+    csv.field_size_limit(2 ** 31 - 1)
     header = content.lstrip().split(b"\n")[0].decode("utf-8", "replace").strip()
     for delimiter in (",", "\t"):
-        names = next(csv.reader([header], delimiter=delimiter), [])
+        try:
+            names = next(csv.reader([header], delimiter=delimiter), [])
+        except csv.Error:
+            continue
         if len(names) > 1 and all(re.fullmatch(r"[A-Za-z_][\w .-]*", name) for name in names):
             return delimiter
     return ""
@@ -169,7 +208,6 @@ def csv_delimiter(content: bytes) -> str:
 
 def csv_rows(path: str | Path, content: bytes, delimiter: str) -> Iterator[tuple[str, Any]]:
     """Yield (source, row) of CSV with a header; a row of other than its columns is a bad one."""
-    csv.field_size_limit(2 ** 31 - 1)
     lines = io.StringIO(content.decode("utf-8", "surrogateescape"), newline="")
     reader = csv.reader(lines, delimiter=delimiter)
     header = next(reader)
@@ -304,6 +342,6 @@ def get_numbers(row: Row, name: str) -> list[float]:
     numbers = get(row, name, list)
     for number in numbers:
         # By type(), not isinstance: True is an int, but no score.
-        if type(number) not in (int, float) or abs(number) >= 1e300:
+        if type(number) not in (int, float) or not abs(number) < 1e300:
             raise BadRow(f"field '{name}' must hold finite numbers only")
     return [float(number) for number in numbers]

@@ -5,18 +5,21 @@ import random
 import shutil
 from functools import partial
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Any, Sequence
 
+import data
 import parallel
 import reward
 from formats import Prompt
 from formats.files import append_line, cut_torn_line, read_jsonl, read_log, write_jsonl
 from formats.parsers import ranks_of
+from formats.records import BadRow
 from model import derive
 from reward import RewardFunction
 from run import stopping
 from run.folder import Run, load_model
 from run.models import policy_path, ranker, to_text
+from run.rankings import check_drawn, check_ranks, check_rows, order_of
 from run.sources import Source, prompt_of, prompt_row
 
 
@@ -87,21 +90,46 @@ def row_to_rank(run: Run, i: int, prompt: Prompt, group: Sequence[list[int]]) ->
 
 def run_annotate(run: Run, source: Source) -> None:
     """Turn the drawn responses into rankings: people's, or a function's with an error."""
-    informative = parallel.from_main(partial(write_rankings, run))
+    informative = parallel.from_main(partial(write_rankings, run, source))
     run.say(f"annotate : {informative} prompts have a pair of differently ranked responses")
 
 
-def write_rankings(run: Run) -> int:
+def write_rankings(run: Run, source: Source) -> int:
     """Write ranked.jsonl; return how many prompts have a pair."""
     path = run.needed("to_rank.jsonl", "sample")
     rows = read_jsonl(path)
+    # those of a base may be other prompts than this run would draw
+    asked = source.prompts_to_sample() if path.parent == run.out else []
+    check_rows(rows, path, len(asked) or len(rows))
     function = ranker(run)
     for number, row in enumerate(rows, 1):
-        if function and not row["ranks"]:
-            row["ranks"] = rank(run, function, prompt_of(row, f"{path}:{number}"), row["responses"])
-        check_ranking(row, f"{path}:{number}")
+        place = f"{path}:{number}"
+        prompt = follow_texts(run, row, place)
+        if asked and list(asked[row["id"]].ids) != row["prompt_ids"]:
+            raise ValueError(f"{place}: prompt {row['id']} of this run is another one "
+                             f"({asked[row['id']].text!r:.80}): take out what is not of this run")
+        if function and not row.get("ranks"):
+            row["ranks"] = rank(run, function, prompt, row["responses"])
+        check_ranks(row, place)
     write_jsonl(run.out / "ranked.jsonl", rows)
     return sum(len(set(row["ranks"])) > 1 for row in rows)
+
+
+def follow_texts(run: Run, row: dict[str, Any], place: str) -> Prompt:
+    """Put a row's ids into the order of its texts, which people see and rank; return its prompt."""
+    check_drawn(row, place)
+    try:
+        prompt = prompt_of(row, place)
+        ids = data.encode_prompt(run.tokenizer, prompt.messages, run.config.data.template)
+    except (KeyError, IndexError, BadRow):
+        ids = []
+    if ids != row["prompt_ids"]:
+        raise ValueError(f"{place}: \"prompt\" is not the text that was asked: put it back as it "
+                         "was written")
+    drawn = [to_text(run, prompt, response) for response in row["response_ids"]]
+    order = order_of(row["responses"], drawn, place)
+    row["response_ids"] = [row["response_ids"][i] for i in order]
+    return prompt
 
 
 def rank(run: Run, function: RewardFunction, prompt: Prompt, texts: Sequence[str]) -> list[float]:
@@ -114,12 +142,3 @@ def rank(run: Run, function: RewardFunction, prompt: Prompt, texts: Sequence[str
     scores = function([prompt] * len(texts), texts)
     felt = [score + run.config.reward.noise * error(text) for score, text in zip(scores, texts)]
     return ranks_of(felt)
-
-
-def check_ranking(row: Mapping[str, Any], place: str) -> None:
-    """Refuse ranks that are missing or no numbers."""
-    ranks, size = row.get("ranks"), len(row["responses"])
-    is_list = isinstance(ranks, list) and len(ranks) == size
-    if not is_list or not all(isinstance(rank, (int, float)) for rank in ranks):
-        raise ValueError(f"{place}: \"ranks\" must be a list of {size} numbers, 1 is best: rank "
-                         "this prompt first")

@@ -9,7 +9,7 @@ from typing import Callable, Mapping, NamedTuple, Sequence
 import parallel
 from eval import assess, write_answers
 from evaluation.report import examples_text, pick_examples, table, write_report
-from formats import Prompt
+from formats import Prompt, harmless
 from formats.files import read_json, write_json
 from reward import RewardFunction
 from run import stopping
@@ -60,7 +60,7 @@ def compare(run: Run, source: Source, policies: Sequence[str]) -> None:
         examples = pick_examples(prompts, texts, values, config.eval.show)
         sampled = pick_examples(prompts, drawn_texts, drawn_values, config.eval.show)
         said = write_report(run.out, results, examples, sampled)
-        print(table(results), "", examples_text(examples), "", said, sep="\n")
+        print(harmless("\n".join([table(results), "", examples_text(examples), "", said])))
 
 
 def models_to_ask(run: Run, policies: Sequence[str]) -> list[str]:

@@ -13,11 +13,13 @@ from tqdm import tqdm
 import microcosm
 import parallel
 from data import Tokenizer, end_ids, open_tokenizer
+from formats import harmless
 from formats.files import append_line, read_json, write_bytes, write_json
 from model import ScalarModel, Transformer, derive
 from parallel import Machine
 from run.settings import Config, config_from_file
 from weights import check_sum, read_config, read_weights, save_pretrained, stored_dtype
+
 
 @dataclass(frozen=True)
 class Run:
@@ -55,7 +57,7 @@ class Run:
 
     def say(self, text: str) -> None:
         if self.machine.is_main:
-            tqdm.write(text)
+            tqdm.write(harmless(text))
 
     def bar(self, stage: str, total: int, start: int = 0) -> tqdm:
         return tqdm(total=total, initial=start, desc=f"{stage:<9}", mininterval=0.5,

@@ -22,9 +22,10 @@ from tqdm import tqdm
 
 import parallel
 from data import AUTO, Tokenizer, choose_template
-from formats.files import LOGS, cut_torn_line, naming, read_log, write_json
+from formats.files import LOGS, cut_torn_line, naming, read_json, write_json
 from parallel import Machine
 from run import planner, stopping
+from run.continuing import changes
 from run.folder import Run, prepare_tokenizer, record_time
 from run.settings import Config, flatten
 
@@ -33,10 +34,11 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_RIGHT = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
-def restarted(config: Config) -> Config:
-    """Return settings that resume, where torchrun has started the processes again."""
-    is_again = parallel.restarts() and config.out and Path(config.out, "config.json").exists()
-    return replace(config, resume=True) if is_again else config
+def restarted(args: Sequence[str]) -> list[str]:
+    """Return a command line that resumes, where torchrun has started the processes again."""
+    outs = [Path(arg.removeprefix("--out=")) for arg in args if arg.startswith("--out=")]
+    is_again = parallel.restarts() and any((out / "config.json").exists() for out in outs)
+    return [*args, "--resume"] if is_again else list(args)
 
 
 @contextmanager
@@ -47,22 +49,22 @@ def opened_run(config: Config, machine: Machine, results: Mapping[str, str]) -> 
     """
     with stopping.listening(machine.is_main):
         out = parallel.from_main(partial(open_folder, config))
-        again = command(config, out, machine.world, list(results))
+        again = partial(command, config, out, machine.world, list(results))
         lock = parallel.from_main(partial(take_lock, out))
         try:
             parallel.from_main(partial(drop_served, out, results))
             yield prepare(config, machine, out)
         except stopping.Stopped as stopped:
             if machine.is_main:
-                tqdm.write(f"stopped, as asked, {stopped}; continue with: {again}")
+                tqdm.write(f"stopped, as asked, {stopped}; continue with: {again()}")
         except OSError as error:
             if error.errno not in NO_ROOM + NO_RIGHT:
                 raise
-            raise ValueError(f"{told(error, out)}, then continue with: {again}") from None
+            raise ValueError(f"{told(error, out)}, then continue with: {again()}") from None
         except RuntimeError as error:
             if not parallel.is_lost(error):
                 raise
-            give_up(error, machine, again)
+            give_up(error, machine, again())
         finally:
             close_bars()
             if machine.is_main:
@@ -98,11 +100,19 @@ def open_folder(config: Config) -> Path:
 
 
 def record_config(config: Config, out: Path, world: int) -> None:
-    """Write config.json: everything needed to repeat the run."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    write_json(out / "config.json", {"config": {**flatten(config), "out": str(out)},
-                                     "processes": world, "git": git_revision(),
-                                     "versions": versions})
+    """Write config.json: everything needed to repeat the run, and what later calls changed."""
+    path = out / "config.json"
+    settings, defaults = flatten(config), flatten(Config())
+    not_default = [flag for flag in settings if settings[flag] != defaults[flag]]
+    settings = json.loads(json.dumps({**settings, "out": str(out)}))  # as the file will hold them
+    earlier = read_json(path) if path.exists() else {}
+    before, changed = earlier.get("changes"), changes(earlier.get("config", {}), settings)
+    write_json(path, {"config": settings, "not_default": not_default,
+                      "changes": [*(before if isinstance(before, list) else []),
+                                  *([changed] if changed else [])],
+                      "processes": world, "git": git_revision(),
+                      "versions": {"python": platform.python_version(),
+                                   "torch": torch.__version__}})
 
 
 def git_revision() -> str | None:
@@ -182,14 +192,6 @@ def drop_served(out: Path, results: Mapping[str, str]) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def was_begun(out: Path, stage: str) -> bool:
-    """Return whether a run was in a stage, and left something of it."""
-    names = {stage, f"{stage}_sft"}
-    if any((out / "checkpoints" / name).exists() for name in names):
-        return True
-    return any(row.get("stage") in names for row in read_log(out / "metrics.jsonl"))
-
-
 # ---------------------------------------------------------------------------------------------
 # Stages
 
@@ -208,6 +210,8 @@ def in_stage(run: Run, name: str) -> Iterator[None]:
 
 def command(config: Config, out: Path, world: int, every: Sequence[str]) -> str:
     """Return the command that continues a run; its settings are in its folder."""
+    if not (out / "config.json").exists():
+        return "the same command"  # nothing was begun
     launcher = "python" if world == 1 else f"torchrun --nproc_per_node={world}"
     if os.environ.get("LOCAL_WORLD_SIZE", str(world)) != str(world):
         launcher = "torchrun ..."  # several machines: as it was called

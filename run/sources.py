@@ -13,7 +13,7 @@ import hashlib
 import random
 from abc import ABC, abstractmethod
 from functools import cached_property
-from typing import Any, NamedTuple, Sequence
+from typing import Any, Iterator, NamedTuple, Sequence
 
 import torch
 
@@ -23,12 +23,14 @@ import microcosm
 import reward
 import sft
 from data import TokenizedDialogue, TokenizedRanking
-from formats import Dialogue, Message, Prompt
+from formats import BadRow, Dialogue, Message, Prompt
 from formats.files import read_jsonl, write_jsonl
-from formats.parsers import any_prompt, prompt_field
+from formats.parsers import any_prompt, make_example, prompt_field
 from formats.records import prompt_key, without_repeats
+from formats.rows import get
 from model import derive
 from run.folder import Run
+from run.rankings import check_drawn, check_ranks, check_rows
 
 
 class Ranked(NamedTuple):
@@ -49,8 +51,8 @@ class Source(ABC):
         """Write heldout.jsonl; the main rank does so before any stage begins."""
 
     @abstractmethod
-    def dialogues(self) -> list[Dialogue]:
-        """Return the demonstrations."""
+    def dialogues(self) -> Iterator[Dialogue]:
+        """Yield the demonstrations."""
 
     @abstractmethod
     def prompts_to_sample(self) -> list[Prompt]:
@@ -78,7 +80,7 @@ class Source(ABC):
         rows = read_jsonl(path)
         return self.encode([prompt_of(row, f"{path}:{n}") for n, row in enumerate(rows, 1)], "eval")
 
-    def demonstrations(self) -> list[TokenizedDialogue]:
+    def demonstrations(self) -> Sequence[TokenizedDialogue]:
         """Return the dialogues to imitate, as ids."""
         examples, report = data.encode_sft(self.dialogues(), self.run.tokenizer,
                                            self.config.data.template, self.config.longest)
@@ -103,22 +105,22 @@ class Source(ABC):
 
     def own_rankings(self) -> list[Ranked]:
         """Read what the annotate stage left: the very ids that were sampled, equal ones once."""
-        found = []
-        for row in read_jsonl(self.run.needed("ranked.jsonl", "annotate")):
-            ranks = {tuple(ids): rank for ids, rank in zip(row["response_ids"], row["ranks"])}
-            if len(set(ranks.values())) > 1:
-                responses = [list(ids) for ids in ranks]
-                ranking = TokenizedRanking(row["prompt_ids"], responses, list(ranks.values()))
-                found.append(Ranked(ranking, row["task"]))
-        return found
+        path = self.run.needed("ranked.jsonl", "annotate")
+        rows, given = read_jsonl(path), path.with_name("to_rank.jsonl")
+        check_rows(rows, path, len(read_jsonl(given)) if given.exists() else len(rows))
+        found = [ranked_of(row, f"{path}:{number}") for number, row in enumerate(rows, 1)]
+        return [one for one in found if len(set(one.ranking.ranks)) > 1]
 
     def without_heldout(self, records: Sequence[Any], name: str) -> list[Any]:
         """Drop the records whose prompt is held out for the evaluation."""
         kept = [record for record in records if prompt_key(record) not in self.heldout_keys]
-        if len(kept) < len(records):
-            self.run.say(f"{name}: {len(records) - len(kept)} rows left out, their prompts are "
-                         "held out for the evaluation (heldout.jsonl)")
+        self.say_left_out(name, len(records) - len(kept))
         return kept
+
+    def say_left_out(self, name: str, rows: int) -> None:
+        if rows:
+            self.run.say(f"{name}: {rows} rows left out, their prompts are "
+                         "held out for the evaluation (heldout.jsonl)")
 
     @cached_property
     def heldout_keys(self) -> set[str]:
@@ -149,8 +151,25 @@ def prompt_row(prompt: Prompt) -> dict[str, Any]:
 
 
 def prompt_of(row: dict[str, Any], source: str) -> Prompt:
-    """Read a prompt that `prompt_row` wrote."""
-    return Prompt(tuple(any_prompt(row)), source, row["answer"], row["task"])
+    """Read a prompt that `prompt_row` wrote; ValueError if it is none any more."""
+    try:
+        messages = make_example(any_prompt(row)).prompt
+        answer = None if row.get("answer") is None else get(row, "answer")
+        return Prompt(messages, source, answer, get(row, "task"))
+    except BadRow as fault:
+        raise ValueError(f"{source}: {fault}") from None
+
+
+def ranked_of(row: dict[str, Any], source: str) -> Ranked:
+    """Read a row of ranked.jsonl, equal responses once; ValueError if it is none any more."""
+    check_drawn(row, source)
+    check_ranks(row, source)
+    is_whole = row["prompt_ids"] and all(row["response_ids"]) and isinstance(row.get("task"), str)
+    if not is_whole:
+        raise ValueError(f"{source}: a prompt and responses with ids are needed, and a \"task\"")
+    ranks = {tuple(ids): rank for ids, rank in zip(row["response_ids"], row["ranks"])}
+    responses = [list(ids) for ids in ranks]
+    return Ranked(TokenizedRanking(row["prompt_ids"], responses, list(ranks.values())), row["task"])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -178,16 +197,14 @@ class World(Source):
         items = microcosm.evaluation_items(config.eval.in_domain, config.eval.general, config.seed)
         write_jsonl(path, [prompt_row(world_prompt(item, n)) for n, item in enumerate(items, 1)])
 
-    def dialogues(self) -> list[Dialogue]:
+    def dialogues(self) -> Iterator[Dialogue]:
         """Draw demonstrations; they are imperfect by construction."""
         config = self.config
         rng = random.Random(f"demonstrations {config.seed}")
-        found = []
         for item in microcosm.items("train", config.sft.examples, config.seed,
                                     config.sft.in_domain_share):
             answer = Message("assistant", microcosm.demonstrate(item, rng))
-            found.append(Dialogue((Message("user", item.prompt), answer), item.task))
-        return found
+            yield Dialogue((Message("user", item.prompt), answer), item.task)
 
     def prompts_to_sample(self) -> list[Prompt]:
         config = self.config.reward
@@ -244,10 +261,18 @@ class Files(Source):
             self.run.say(f"eval data: {len(chosen) - len(prompts)} repeated prompts left out")
         write_jsonl(self.run.out / "heldout.jsonl", map(prompt_row, prompts))
 
-    def dialogues(self) -> list[Dialogue]:
-        records, report = formats.read_dialogues(self.config.sft.data, self.config.data.skip_bad)
+    def dialogues(self) -> Iterator[Dialogue]:
+        """Read them one by one: of a large file no more is in memory at a time."""
+        config = self.config
+        report = formats.Report()
+        left_out = 0
+        for record in formats.stream_dialogues(config.sft.data, config.data.skip_bad, report):
+            if prompt_key(record) in self.heldout_keys:
+                left_out += 1
+            else:
+                yield record
         self.run.say(f"sft data: {report}")
-        return self.without_heldout(records, "sft data")
+        self.say_left_out("sft data", left_out)
 
     def prompts_to_sample(self) -> list[Prompt]:
         return self.training_prompts[:self.config.reward.sampled_prompts]

@@ -1,17 +1,19 @@
-"""This code and transformers' on the same work in the same process, in turn, on one core.
+"""This code and what a user would run instead, in turn in one process, on one core.
 
     python speed/versus.py sft          a training step: ragged rows, rows of one length
     python speed/versus.py generate     96 new tokens from 16 and from 64 prompts
     python speed/versus.py head         a training step with a vocabulary of 32,000
+    python speed/versus.py ppo          a PPO iteration, against TRL's trainer
+    python speed/versus.py memory       the memory of both, each in a process of its own
     python speed/versus.py all --rounds=5 --dtype=bfloat16
 
-For development: needs `pip install transformers`. A number is transformers' CPU time over ours, the
-median of the rounds with the smallest and largest, above 1 where this code is faster. The model is
-random, 6 layers of 288 (8.3 million parameters with a vocabulary of 4,096), the tokens too. Ragged
-rows have log-normal lengths, median 60, at most 256. transformers gets them padded, padded with
-like lengths together, laid end to end in one row (DataCollatorWithFlattening), and packed into rows
-of 256. Memory is allocated as users of either have it (parallel.keep_freed_memory is ours). A share
-is of the fastest matrix product measured beside it.
+For development: needs `pip install transformers trl==1.12.0`. A number is the other's CPU time over
+ours, the median of the rounds with the smallest and largest, above 1 where this code is faster. The
+model is random, 6 layers of 288 (8.3 million parameters with a vocabulary of 4,096), the tokens
+too. Ragged rows have log-normal lengths, median 60, at most 256. transformers gets them padded,
+padded with like lengths together, laid end to end in one row (DataCollatorWithFlattening), and
+packed into rows of 256. Memory is allocated as users of either have it (parallel.keep_freed_memory
+is ours). A share is of the fastest matrix product measured beside it.
 """
 from __future__ import annotations
 
@@ -19,6 +21,7 @@ import argparse
 import ctypes
 import gc
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -34,16 +37,13 @@ import parallel
 import sft
 from data import pad
 from model import ModelConfig, Transformer, generate
+from speed import iteration
+from speed.iteration import EndOurs, EndTheirs, shape
 from weights.initial import init_weights
 
 Work = Callable[[], Any]
 Rows = list[list[int]]
 IGNORED = -100  # a label that transformers leaves out of its loss
-
-
-def shape(vocab_size: int) -> ModelConfig:
-    return ModelConfig(dim=288, n_layers=6, n_heads=6, n_kv_heads=6, vocab_size=vocab_size,
-                       ffn_dim=768, max_seq_len=4096)
 
 
 def models(vocab_size: int) -> tuple[Transformer, nn.Module]:
@@ -225,37 +225,6 @@ def race_head(rounds: int) -> None:
 # ---------------------------------------------------------------------------------------------
 # Generation
 
-class EndTheirs:
-    """Force the end of each answer of transformers' where it is to be: a logits processor."""
-
-    def __init__(self, lengths: Tensor, prompt: int) -> None:
-        self.ends = lengths + prompt - 1
-
-    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
-        over = self.ends <= ids.size(1)
-        only_end = torch.full_like(scores[0], -torch.inf).index_fill(0, torch.tensor(2), 0.0)
-        return torch.where(over[:, None], only_end, scores)
-
-
-class EndOurs:
-    """Force the end of each of our answers where it is to be: `stop` of generate."""
-
-    def __init__(self, lengths: Tensor) -> None:
-        self.now = lengths.tolist()     # of the rows that are still being written
-        self.later: list[int] = []      # of those that will be after this step
-        self.asked = 0
-
-    def __call__(self, answer: list[int]) -> bool:
-        # asked once a step for each row that is left, in their order
-        length = self.now[self.asked]
-        self.asked += 1
-        if len(answer) < length:
-            self.later.append(length)
-        if self.asked == len(self.now):
-            self.now, self.later, self.asked = self.later, [], 0
-        return len(answer) >= length
-
-
 def race_generate(rounds: int) -> None:
     """Sample 96 tokens from prompts of 32; then answers that end after 32 on average."""
     from transformers import GenerationConfig, LogitsProcessorList
@@ -283,7 +252,31 @@ def race_generate(rounds: int) -> None:
              {"dynamic cache": rival("dynamic", is_ragged=True)}, rounds)
 
 
-RACES = {"sft": race_sft, "generate": race_generate, "head": race_head}
+# ---------------------------------------------------------------------------------------------
+# A PPO iteration
+
+def race_ppo(rounds: int) -> None:
+    """Do what speed/iteration.py describes, in one minibatch and in four."""
+    for minibatches in (1, 4):
+        for is_ragged, name in ((False, "answers of 48"), (True, "ragged answers, mean 16")):
+            race(f"a PPO iteration, {name}, {minibatches} minibatch(es) an epoch",
+                 iteration.ours(minibatches, is_ragged),
+                 {"TRL": iteration.trl(minibatches, is_ragged)}, rounds)
+
+
+def race_memory(rounds: int) -> None:
+    """Print the memory of an iteration; it is the same in every round."""
+    command = Path(__file__).with_name("iteration.py")
+    for minibatches in (1, 4):
+        print(f"\na PPO iteration, {minibatches} minibatch(es) an epoch")
+        for side in iteration.SIDES:
+            done = subprocess.run([sys.executable, command, side, f"--minibatches={minibatches}"],
+                                  capture_output=True, text=True, check=True)
+            print(f"  {side:<5}{done.stdout.splitlines()[-1].split('; ')[1]}", flush=True)
+
+
+RACES = {"sft": race_sft, "generate": race_generate, "head": race_head, "ppo": race_ppo,
+         "memory": race_memory}
 
 
 def main() -> None:

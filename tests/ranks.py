@@ -3,6 +3,7 @@
     ranks.py steps     FOLDER SETTINGS SIZE...   optimizer steps, a checkpoint, a PPO iteration
     ranks.py precision FOLDER SETTINGS           one step of 1e-6: dtypes, gradients, weights
     ranks.py gathering FOLDER SETTINGS           which weights are gathered when, and how often
+    ranks.py stopping  FOLDER SETTINGS           what each rank says of a step that is not finite
 
 SETTINGS: a ParallelConfig as JSON, and "dtype". What came out is written to FOLDER, of `steps` to
 FOLDER/SIZE for every micro-batch size.
@@ -30,6 +31,7 @@ from episodes import Four, collect
 from model import ModelConfig, ScalarModel, Transformer, token_logprobs
 from parallel import Machine
 from run.checkpoints import MOMENTS, load_checkpoint, save_checkpoint
+from run.health import NotFinite
 from train import Term, gather_rollouts, update
 from weights.files import write_safetensors
 
@@ -276,6 +278,31 @@ def gathering(out: Path, machine: Machine) -> None:
         (out / "numbers.json").write_text(json.dumps(numbers))
 
 
+# ---------------------------------------------------------------------------------------------
+# stopping
+
+
+def stopping(out: Path, machine: Machine) -> None:
+    """Write what each rank says of a NaN in one row, of one rank, of one micro-batch."""
+    model = parallel.build(Transformer, CONFIG, 0, machine)
+    optimizer = parallel.adamw(model, 0.0)
+    update(model, optimizer, [Term(sft.loss, sft_batches(machine, 2))], 1e-3, 1.0, machine)
+    batches = sft_batches(machine, 2)
+
+    def odd(model: nn.Module, batch: sft.Batch) -> tuple[Tensor, ppo.Stats]:
+        total, stats = sft.loss(model, batch)
+        return (total * float("nan") if batch is batches[-1] and machine.rank else total), stats
+
+    try:
+        update(model, optimizer, [Term(odd, batches)], 1e-3, 1.0, machine)
+    except NotFinite as error:
+        found = parallel.gather_objects([str(error), error.rows])
+    if machine.is_main:
+        expected = [row[mask].tolist() for row, mask in zip(*sft_batches(
+            Machine(1, 2, machine.device, machine.dtype), 2)[-1][:2])]
+        (out / "numbers.json").write_text(json.dumps({"found": found, "expected": expected}))
+
+
 def main(command: str, folder: str, settings: str, *sizes: str) -> None:
     torch.set_num_threads(1)
     values = json.loads(settings)
@@ -286,7 +313,7 @@ def main(command: str, folder: str, settings: str, *sizes: str) -> None:
         for size in sizes:
             steps(Path(folder, size), int(size), machine)
     else:
-        {"precision": precision, "gathering": gathering}[command](Path(folder), machine)
+        {"precision": precision, "gathering": gathering, "stopping": stopping}[command](Path(folder), machine)
     parallel.stop()
 
 

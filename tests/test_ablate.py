@@ -143,8 +143,8 @@ def test_statistics_by_hand():
         ([], "name a factor"),
         (["klm"], "neither one of methods, kl"),
         (["mine: --ppo.kl_coeff=1"], "unknown flag --ppo.kl_coeff"),
-        (["mine: --ppo.kl_kind=k9"], "kl_kind='k9': use k1"),
-        (["kl", "--ppo.kl_in=no"], "kl_in='no': use reward or loss"),
+        (["mine: --ppo.kl_kind=k9"], "--ppo.kl_kind=k9: use k1"),
+        (["kl", "--ppo.kl_in=no"], "--ppo.kl_in=no: use reward or loss"),
     ],
 )
 def test_a_bad_command_is_refused_before_any_run(args, said, tmp_path):

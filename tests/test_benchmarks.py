@@ -29,10 +29,11 @@ from benchmarks.metrics import pass_at_k
 from benchmarks.questions import (
     MICROCOSM, Question, Request, encode_question, read_questions, texts_to_score
 )
-from benchmarks.reading import read_items
+from benchmarks.reading import read_item, read_items
 from benchmarks.results import Number, Result
 from benchmarks.tasks import GENERIC, GROUPS, TASKS, Task, generic
 from data import TEMPLATES, Message, open_tokenizer, decode_response, encode_prompt, encode_response
+from formats import BadRow
 from model import Generation, ModelConfig, Transformer, generate
 from parallel import Machine
 from weights import load_pretrained, save_pretrained
@@ -822,6 +823,44 @@ def test_the_embedded_world_is_asked_in_the_template_of_the_run(config, template
     for row in answers:
         assert row["texts"] == [answer_in(template, model, row["query"])]
     assert any(row["texts"] != [answer_in(other, model, row["query"])] for row in answers)
+
+
+WRONG = (None, [], ["x"], {}, {"a": 1}, True, 7, 1.5)
+
+
+@pytest.mark.parametrize("name, row, texts", [
+    ("mmlu", {"question": "Q", "choices": ["a", "b", "c", "d"], "answer": 1, "subject": "s"},
+     ("question", "subject")),
+    ("arc_easy", {"question": "Q", "answerKey": "A", "choices": {"text": ["x"], "label": ["A"]}},
+     ("question", "answerKey")),
+    ("boolq", {"passage": "P", "question": "Q", "answer": True}, ("passage", "question")),
+    ("gsm8k", {"question": "Q", "answer": "#### 1"}, ("question", "answer")),
+    ("bbh", {"input": "I", "target": "T"}, ("input", "target")),
+    ("humaneval", {"prompt": "def f():\n", "test": "t", "entry_point": "f",
+                   "canonical_solution": " pass"}, ("prompt", "test", "entry_point")),
+    ("xnli", {"premise": "P", "hypothesis": "H", "label": 0}, ("premise", "hypothesis")),
+])
+def test_a_task_record_of_wrong_types_is_one_line(name, row, texts):
+    """Neither a traceback, nor a question about None or a list."""
+    assert read_item(TASKS[name], row, "dev_en")
+    for field in texts:
+        for wrong in WRONG:
+            with pytest.raises(BadRow):
+                print(read_item(TASKS[name], {**row, field: wrong}, "dev_en"))
+
+
+@pytest.mark.parametrize("name, row", [
+    ("mmlu", {"question": "Q", "choices": "abcd", "answer": 1, "subject": "s"}),
+    ("mmlu", {"Question": "Q", "A": "a", "B": "b", "C": "c", "D": "d", "Answer": ""}),
+    ("mmlu", {"Question": "Q", "A": "a", "B": "b", "C": "c", "D": "d", "Answer": "BC"}),
+    ("mmlu", {"question": "Q", "choices": ["a", "b", None, "d"], "answer": 1, "subject": "s"}),
+    ("mmlu", {"question": "Q", "choices": ["a", "b", "c", "d"], "answer": 1.9, "subject": "s"}),
+    ("winogrande", {"sentence": "a _ b", "option1": "x", "option2": "y", "answer": ""}),
+    ("nq_open", {"question": "Q", "answer": "Paris"}),
+])
+def test_a_task_record_is_not_read_as_another(name, row):
+    with pytest.raises(BadRow):
+        read_item(TASKS[name], row, "file")
 
 
 def test_a_template_that_is_not_known_is_refused_where_it_matters(world, tmp_path):

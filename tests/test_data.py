@@ -10,6 +10,7 @@ import json
 import os
 import random
 import re
+import tracemalloc
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -19,9 +20,10 @@ import torch
 
 import data
 from data import Tokenizer, open_tokenizer
-from formats import reading
+from formats import parsers, reading
 from formats.files import read_json, read_jsonl, write_jsonl
-from formats.records import Dialogue, Message, Prompt, Ranking, dialogue_text
+from formats.records import Dialogue, Message, Prompt, Ranking, Report, dialogue_text
+from formats.rows import read_rows
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 SENTENCES = [
@@ -481,6 +483,47 @@ def test_uninformative_comparisons_are_skipped_and_counted(write, row, reason):
 def test_undesirable_demonstrations_are_not_learned_but_their_prompts_serve(write):
     path = write({"messages": CHAT, "label": False}, {"messages": CHAT, "label": True})
     assert len(reading.read_dialogues(path)[0]) == 1 and len(reading.read_prompts(path)[0]) == 2
+
+
+@pytest.mark.parametrize("mark", [
+    {"label": False}, {"label": 0}, {"label": 0.0}, {"label": "False"}, {"label": "0"},
+    {"kto_tag": False},
+])
+@pytest.mark.parametrize("row", [
+    {"prompt": "Q", "completion": "A"}, {"instruction": "Q", "output": "A"},
+    {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
+])
+def test_no_spelling_of_undesirable_is_learned(write, row, mark):
+    name, = mark
+    records, report = reading.read_dialogues(write({**row, **mark}, {**row, name: True}))
+    assert len(records) == 1 and report.skipped == {"marked as undesirable (label: false)": 1}
+
+
+OTHER = [CHAT[0], {"role": "assistant", "content": "B"}]
+
+
+@pytest.mark.parametrize("row, other", [
+    ({"prompt": "Q", "response": "A"}, {"completion": "B"}),
+    ({"prompt": "Q", "response": "A"}, {"answer": "B"}),
+    ({"prompt": "Q", "completion": CHAT[1:]}, {"response": OTHER[1:]}),
+    ({"prompt": "Q", "response": "A"}, {"question": "R"}),
+    ({"messages": CHAT}, {"conversations": OTHER}),
+    ({"items": CHAT}, {"conversation": OTHER}),
+])
+def test_two_fields_for_one_thing_must_agree(write, row, other):
+    """Of fields that say different things none is picked in silence."""
+    with pytest.raises(ValueError, match="1: fields '.*' and '.*' say different things .keep one."):
+        reading.read_dialogues(write({**row, **other}))
+    name, = other
+    records, _ = reading.read_dialogues(write(row))
+    for same in (None, next(row[n] for n in row if name in group_of(n))):
+        assert [r.messages for r in reading.read_dialogues(write({**row, name: same}))[0]] == [
+            r.messages for r in records]
+
+
+def group_of(name: str) -> tuple[str, ...]:
+    groups = (parsers.REPLIES, parsers.DIALOGUES, ("prompt", "question"))
+    return next(group for group in groups if name in group)
 
 
 def test_report_is_one_line_with_first_sources(write):
@@ -1055,7 +1098,7 @@ def sft(tokenizer: Tokenizer, messages, max_tokens: int):
     assert all(
         len(example.tokens) == len(example.response_mask) <= max_tokens for example in examples
     )
-    return examples[1:], report
+    return list(examples)[1:], report
 
 
 def test_long_dialogues_lose_old_turns_then_the_start_of_the_prompt(tokenizer):
@@ -1108,7 +1151,7 @@ def rank(tokenizer: Tokenizer, prompt: str, responses: tuple[str, ...], max_toke
     short = Ranking((user("Q"),), ("A", "B"), (1, 2), "short:1")
     examples, report = data.encode_rankings([short, record], tokenizer, "plain", max_tokens)
     assert all(len(e.prompt) + len(r) <= max_tokens for e in examples for r in e.responses)
-    return examples[1:], report
+    return list(examples)[1:], report
 
 
 def test_rankings_share_one_cut_of_the_prompt(tokenizer):
@@ -1411,3 +1454,64 @@ def test_real_long_rows(llama):
         and report.skipped.total() == 3
     )
     assert len(data.encode_sft(records, llama, "alpaca", 16384)[0]) == 4
+
+
+# ---------------------------------------------------------------------------------------------
+# Memory
+
+def test_dialogues_take_few_bytes_a_token():
+    """Lists of Python's numbers took 16 and more: 25 GB for a gigabyte of JSON lines."""
+    examples = data.TokenizedDialogues()
+    tracemalloc.start()
+    try:
+        for i in range(2000):
+            ids = [(i * 37 + t) % 32000 for t in range(200)]
+            examples.append(ids, [t >= 50 for t in range(200)])
+        taken = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert len(examples) == 2000 and taken < 3 * 2000 * 200
+    assert examples[7] == examples[-1993] == ([(7 * 37 + t) % 32000 for t in range(200)],
+                                              [t >= 50 for t in range(200)])
+    with pytest.raises(IndexError):
+        examples[2000]
+
+
+def test_dialogues_hold_ids_of_any_vocabulary():
+    """Those of the rows before stay when a larger id makes the array wider."""
+    examples = data.TokenizedDialogues()
+    given = [([0, 1, 32767], [False, True, True]), ([], []), ([151_935, 32768, 0], [True] * 3),
+             ([5], [False])]
+    for tokens, mask in given:
+        examples.append(tokens, mask)
+    assert list(examples) == given
+    with pytest.raises(ValueError):
+        examples.append([1, 2], [True])
+
+
+def test_json_lines_are_read_one_by_one(tmp_path):
+    """Of a long file no more than a little is in memory, and a row comes before the next is read."""
+    path = tmp_path / "long.jsonl"
+    row = json.dumps({"prompt": "Q " * 2000, "response": "A " * 500}) + "\n"
+    path.write_text(row * 2000 + "{broken\n")
+    report = Report()
+    stream = reading.stream_dialogues([path], False, report)
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in itertools.islice(stream, 2000)) == 2000
+        assert tracemalloc.get_traced_memory()[1] < path.stat().st_size / 10
+    finally:
+        tracemalloc.stop()
+    with pytest.raises(ValueError, match="long.jsonl:2001: broken JSON"):
+        next(stream)
+
+
+@pytest.mark.parametrize("text, rows", [
+    ('\ufeff{"a": 1}\n\n{"a": 2}', 2), ('{"a": 1}', 1), ('{"data": [{"a": 1}]}\n', 1),
+    ('{"a": 1}\n{"data": []}', 2), ('{\n"examples": [{"a": 1},\n{"a": 2}]}', 2), ("", 0), ("\n", 0),
+    ('{"a": 1} \r\n {"a": 2}\r\n', 2), ('{broken\n{"a": 2}', 2),
+])
+def test_what_is_lines_and_what_is_one_value(text, rows, tmp_path):
+    path = tmp_path / "file"
+    path.write_text(text, encoding="utf-8", newline="")
+    assert len(list(read_rows(path))) == rows

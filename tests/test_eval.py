@@ -1232,7 +1232,7 @@ BAD_INPUT = [
     (["generate", "{run}/ppo", "--prompts={f}/none.jsonl"], "{f}/none.jsonl: No such file"),
     (
         ["generate", "{run}/ppo", "--prompts={f}/good.jsonl", "--n=0"],
-        "argument --n: 0: expected int of at least 1",
+        "argument --n: 0: expected int in [1, 1e6]",
     ),
     (
         ["compare", "a", "b", "--judge={f}/bad_judgments.jsonl"],

@@ -63,8 +63,8 @@ def test_sources_are_not_mixed(runs):
     assert (config.seed, config.ppo.kl_coef) == (0, 3.0)
 
 
-PER_CALL_VALUES = {"out": "elsewhere", "stages": ["ppo"], "resume": True, "plan": True, "ranks": 3,
-                   "gpu_memory": 7.0}
+PER_CALL_VALUES = {"out": "elsewhere", "stages": ["ppo"], "resume": True,
+                   "resume_with_changes": True, "plan": True, "ranks": 3, "gpu_memory": 7.0}
 
 
 @pytest.mark.parametrize("name", ["base", "out", "config"])
@@ -99,8 +99,8 @@ def test_what_a_pretrained_model_needs_does_not_undo_the_runs_own(watched, tmp_p
 # No flag is dead
 
 # Who reads all flags, or only to refuse or to describe them: that does not make a flag live.
-BOOKKEEPING = {"flatten", "longest", "check", "check_stages", "check_folders", "check_context",
-               "check_data", "check_ranks", "parse_args"}
+BOOKKEEPING = {"flatten", "longest", "contradictions", "stage_problems", "folder_problems",
+               "shape_problems", "data_problems", "check_ranks", "parse_args"}
 
 
 class Watched:
@@ -163,13 +163,14 @@ def watched(tmp_path_factory) -> dict[str, Any]:
     return {"seen": seen, "forwards": forwards, "out": out}
 
 
-# What is read elsewhere than in a run: by the planner (test_plan.py).
-OF_THE_PLANNER = {"ranks", "gpu_memory"}
+# What is read elsewhere than in a run: by the planner (test_plan.py), and before there is a run
+# (test_continuing.py).
+READ_ELSEWHERE = {"ranks", "gpu_memory", "resume_with_changes"}
 
 
 def test_every_flag_is_read_by_a_run(watched):
     """Whatever its section: by the code that should act on it, not by checks and records alone."""
-    assert settings.flag_types().keys() - watched["seen"] == OF_THE_PLANNER
+    assert settings.flag_types().keys() - watched["seen"] == READ_ELSEWHERE
 
 
 def test_every_forward_of_a_bfloat16_run_is_in_bfloat16(watched):

@@ -26,10 +26,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 # Imports point one way, from the top floor down; a room's name stands for all files in it.
 FLOORS = (
-    ("experiments",),
+    ("experiments", "speed"),
     ("train",),
     ("run",),
-    ("speed",),
     ("eval",),
     ("benchmarks",),
     ("evaluation",),
@@ -50,6 +49,9 @@ OPTIONAL = {
     ("speed.multiple_choice", "lm_eval"),
     ("speed.multiple_choice", "transformers"),
     ("speed.versus", "transformers"),
+    ("speed.iteration", "transformers"),
+    ("speed.iteration", "tokenizers"),
+    ("speed.iteration", "trl"),
 }  # imported only where it is used, and asked for by name
 
 

@@ -209,6 +209,14 @@ def test_sharded_bfloat16_ppo(precisions):
 # Gathering, checkpoints, failing
 
 
+def test_all_ranks_stop_together_and_name_the_one_with_the_odd_samples(tmp_path):
+    launch(2, "stopping", str(tmp_path), "{}")
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    (first, nothing), (second, rows) = numbers["found"]
+    assert first == second and "optimizer step 2" in first and "loss of 2 of 8 samples" in first
+    assert nothing == [] and rows == numbers["expected"] and len(rows) == 2
+
+
 def test_gathering_leaves_no_trace(tmp_path):
     """A step gathers as often after a rollout as before; frozen models let go after forwards."""
     launch(2, "gathering", str(tmp_path), "{}")

@@ -76,7 +76,13 @@ def real(finished, files, tmp_path_factory) -> Path:
 
 
 def open_run(out: Path, *flags: str) -> tuple[folder.Run, sources.Source]:
-    config = settings.parse_args([f"--out={out}", *flags], train.STAGES)
+    """Look into a run, under other settings where flags say so: nothing is written."""
+    if (out / "config.json").exists():
+        given, _ = settings.parse_flags([f"--out={out}", *flags])
+        earlier = settings.config_from_file(out / "config.json")
+        config = settings.unflatten({**earlier, "resume": False, **given})
+    else:
+        config = settings.parse_args([f"--out={out}", *flags], train.STAGES)
     machine = parallel.Machine(0, 1, torch.device("cpu"), torch.float32)
     run = folder.Run(config, machine, out, folder.prepare_tokenizer(config, out))
     return run, sources.open_source(run)
@@ -158,6 +164,7 @@ def test_holding_out_after_sft_is_said(finished, files, tmp_path, capsys):
     for name, done in (("early", ()), ("late", ("sft",))):
         out = tmp_path / name
         out.mkdir()
+        (out / "config.json").write_text('{"config": {}}')
         for result in done:
             shutil.copytree(finished[0] / result, out / result)
         _, source = open_run(
@@ -550,7 +557,7 @@ def test_without_a_critic_none_is_built_or_logged(finished, tmp_path, monkeypatc
     assert len(rows) == 3 and all(not critics & row.keys() for row in rows)
     assert "approx_kl" in rows[0], "nothing warms up"
     assert rows[-1]["approx_kl"] > 0, "the actor learns"
-    with pytest.raises(ValueError, match="set ppo.responses_per_prompt to 2 or more"):
+    with pytest.raises(ValueError, match="set --ppo.responses_per_prompt to 2 or more"):
         settings.parse_args([f"--ppo.advantage={advantage}"], train.STAGES)
 
 
@@ -726,7 +733,9 @@ def test_top_imitates_the_best_of_every_ranking(finished, tmp_path, monkeypatch)
     """Of two best ones the first; a ranking without a pair has no best; none that is held out."""
     out = tmp_path / "b"
     out.mkdir()
-    write(out / "ranked.jsonl", [{**row, "task": ""} for row in RANKED])
+    shutil.copy(finished[0] / "config.json", out)
+    write(out / "ranked.jsonl", [{**row, "id": i, "task": "", "responses": list("abc")}
+                                  for i, row in enumerate(RANKED)])
     run, source = open_run(out, f"--base={finished[0]}", "--stages=top", "--reward.holdout=0.01",
                            "--top.epochs=5", "--top.lr=0.25", "--sft.epochs=1")
     held, rest = sources.hold_out(source.rankings(), 0.01)
@@ -754,7 +763,7 @@ def test_with_rankings_from_files_top_has_work(finished, tmp_path):
     config = settings.parse_args(
         [f"--model={finished[0] / 'sft'}", f"--out={out}", *LENGTHS, f"--reward.data={path}",
          "--stages=sample,annotate,top,reward", f"--ppo.prompts={path}"], train.STAGES)
-    assert train.stages_to_run(config, out) == ["top", "reward"]
+    assert train.stages_to_run(train.STAGES, config, out) == ["top", "reward"]
     out.mkdir()
     run, source = open_run(out, f"--model={finished[0] / 'sft'}", *LENGTHS,
                            f"--reward.data={path}", "--stages=top")

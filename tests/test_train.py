@@ -262,7 +262,7 @@ def test_values_are_read_by_type():
         (["--stages=ppo,sft"], "in this order"),
         (["--stages=train"], "give some of sft,sample,annotate,top,reward,ppo,eval"),
         (["--ppo.minibatch_size=48"], "must be a multiple"),
-        (["--ppo.temperature=0"], "above 0"),
+        (["--ppo.temperature=0"], "outside (0, 100]"),
         (["--resume"], "--resume needs --out"),
         (["--dtype=half"], "use auto, float32 or bfloat16"),
         (["--reward.temperatures=1"], "at least two"),
@@ -277,7 +277,7 @@ def test_impossible_flags(tmp_path, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError) as error:
         train.main(flags)
-    assert message in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value)
     assert not list(tmp_path.iterdir()), "nothing is left behind"
 
 

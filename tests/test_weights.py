@@ -1,6 +1,7 @@
 """Weights in and out: against `transformers`, against a Meta splitter written here, byte for byte, and against torn files."""
 
 import json
+import math
 import os
 import pickle
 import shutil
@@ -21,6 +22,8 @@ from weights.initial import init_weights
 from text.export import sentencepiece_files
 from weights.export import save_pretrained
 from weights.files import Weights, read_safetensors, write_safetensors
+from formats.files import read_jsonl
+from weights import layouts
 from weights.layouts import read_config, read_weights
 from weights.loading import check_weights, load_pretrained, stored_dtype
 
@@ -855,6 +858,8 @@ def test_train_says_it_in_one_line(whole, tokenizer, tmp_path):
     )
 
 
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 32}
 @pytest.mark.parametrize(
     "entry,expected",
     [
@@ -877,11 +882,28 @@ def test_train_says_it_in_one_line(whole, tokenizer, tmp_path):
         ({"attention_dropout": 0.1}, "attention_dropout"),
         ({"qk_norm": True}, "the unknown entry qk_norm"),
         ({"num_key_value_heads": 3}, "n_kv_heads=3"),
-        ({"hidden_size": "32"}, "lacks hidden_size"),
-        ({"num_attention_heads": 0}, "config.json"),
-        ({"max_position_embeddings": "64"}, "config.json"),
-        ({"rope_scaling": {"type": "linear", "factor": 0.0}}, "must be positive"),
-        ({"rope_scaling": "linear"}, "config.json"),
+        ({"hidden_size": None}, "lacks hidden_size"),
+        ({"hidden_size": "32"}, "hidden_size is 32, expected int from 1"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0, expected int from 1"),
+        ({"num_attention_heads": 5}, "must be a multiple of 2"),
+        ({"vocab_size": True}, "vocab_size is True, expected int"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, expected int from 1 to 500"),
+        ({"intermediate_size": 10**18}, "intermediate_size is 1000000"),
+        ({"head_dim": 1e9}, "head_dim is 1000000000.0, expected int"),
+        ({"max_position_embeddings": "64"}, "max_position_embeddings is 64, expected int"),
+        ({"rms_norm_eps": -1}, "rms_norm_eps is -1, expected float from"),
+        ({"rms_norm_eps": math.nan}, "rms_norm_eps is nan, expected float"),
+        ({"rope_theta": 0}, "rope_theta is 0, expected float"),
+        ({"rope_parameters": {"rope_theta": -1.0}}, "rope_parameters: rope_theta is -1.0"),
+        ({"rope_scaling": {"type": "linear", "factor": 0.0}}, "rope_scaling: factor is 0.0"),
+        ({"rope_scaling": "linear"}, "rope_scaling is linear, expected dict"),
+        ({"rope_scaling": {"type": ["x"]}}, "rope_scaling: type is ..x.., expected str"),
+        ({"rope_scaling": {**LLAMA3, "low_freq_factor": "1"}}, "low_freq_factor is 1, expected fl"),
+        ({"rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}}, "rope scaling {'rope_type'"),
+        ({"rope_scaling": {**LLAMA3, "factor": None}}, "rope scaling {'rope_type'"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings is no, expected bool"),
+        ({"score_std": 0}, "score_std is 0, expected float"),
+        ({"score_mean": "a"}, "score_mean is a, expected float"),
     ],
 )
 def test_what_cannot_be_computed_is_refused_by_name(whole, tmp_path, entry, expected):
@@ -893,6 +915,59 @@ def test_what_cannot_be_computed_is_refused_by_name(whole, tmp_path, entry, expe
     with pytest.raises(ValueError, match=expected) as caught:
         load_pretrained(tmp_path / "model")
     assert "\n" not in str(caught.value) and "config.json" in str(caught.value)
+
+
+ANYTHING = [None, True, False, 0, -1, 1, 3, 1.5, -0.5, 1e-300, 1e9, 10**9, 10**18, 10**400, 1e308,
+            math.nan, math.inf, "", "2", [], [1], [[1]], {}, {"a": 1}, {"rope_theta": "a"},
+            {"rope_type": "linear", "factor": math.nan}, {"rope_type": ["x"]},
+            {**LLAMA3, "original_max_position_embeddings": "x"}, "x" * 10_000]
+
+
+def test_any_value_of_any_entry_is_taken_or_refused_in_a_line(whole, tmp_path):
+    """No traceback, nothing that takes seconds; what is taken has a shape that can be laid out."""
+    shutil.copytree(whole / "one", tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    content = json.loads(file.read_text())
+    taken = set()
+    for name in {*content, *layouts.UNDERSTOOD}:
+        for value in ANYTHING:
+            file.write_text(json.dumps({**content, name: value}))
+            try:
+                taken.add(read_config(tmp_path / "model"))
+            except ValueError as error:
+                assert str(error).startswith(str(file)) and len(str(error)) < 500, (name, value)
+                assert "\n" not in str(error)
+    for config in taken:
+        with torch.device("meta"):
+            Transformer(replace(config, n_layers=min(config.n_layers, 3)))
+        assert 0 < config.norm_eps <= 1 <= config.rope_theta < math.inf
+    assert 10 < len(taken) < 60
+
+
+@pytest.mark.parametrize("entry", [{"norm_eps": -1}, {"n_layers": 10**9}, {"multiple_of": 0},
+                                   {"dim": "x"}, {"n_heads": True}, {"ffn_dim_multiplier": math.nan},
+                                   {"rope_theta": [1]}, {"vocab_size": 1.5}, {"max_seq_len": -1}])
+def test_metas_params_have_limits_too(tmp_path, entry):
+    params = {"dim": 32, "n_layers": 2, "n_heads": 4, "multiple_of": 8, "norm_eps": 1e-5,
+              "vocab_size": 61}
+    (tmp_path / "params.json").write_text(json.dumps(params))
+    assert read_config(tmp_path).n_layers == 2
+    (tmp_path / "params.json").write_text(json.dumps({**params, **entry}))
+    with pytest.raises(ValueError, match=f"params.json: {[*entry][0]} is "):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_json_that_is_nested_too_deep_is_one_line(whole, tmp_path, name):
+    shutil.copytree(whole / "one", tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    (tmp_path / "model" / name).write_text('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    with pytest.raises(ValueError, match=f"{name}: not valid JSON") as error:
+        load_pretrained(tmp_path / "model")
+    assert len(str(error.value)) < 300
+    (tmp_path / "rows.jsonl").write_text('{"a": 1}\n' + "[" * 100_000 + "\n")
+    with pytest.raises(ValueError, match="rows.jsonl:2: not valid JSON"):
+        read_jsonl(tmp_path / "rows.jsonl")
 
 
 def test_harmless_entries_are_accepted(whole, tmp_path):

@@ -264,6 +264,10 @@ def read_pickle(file: Path) -> dict[str, Tensor]:
     for name, tensor in content.items():
         if not isinstance(tensor, Tensor) or not isinstance(name, str):
             raise ValueError(f"{file}: entry {name} is {type(tensor).__name__}, expected a tensor")
+        # a sparse one has no strides, one on "meta" no values, one that is quantized other ones
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+            raise ValueError(f"{file}: tensor {name} is {tensor.layout}, {tensor.dtype} on "
+                             f"{tensor.device}: expected its plain values; save it anew, dense")
     return content
 
 

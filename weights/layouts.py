@@ -4,7 +4,7 @@ from __future__ import annotations
 import re
 from functools import partial
 from pathlib import Path
-from typing import Iterator, Mapping, NamedTuple, Sequence
+from typing import Any, Iterator, Mapping, NamedTuple, Sequence
 
 import torch
 from torch import Tensor
@@ -27,12 +27,43 @@ def read_config(path: str | Path) -> ModelConfig:
     content = read_json(file)
     if is_meta(path) and content.get("vocab_size", -1) == -1:
         # Meta leaves it to the tokenizer; the embedding knows it as well
-        embedding = read_pickle(path / "consolidated.00.pth").get("tok_embeddings.weight", ())
-        content["vocab_size"] = len(embedding)
+        tensors = read_pickle(path / "consolidated.00.pth")
+        shape = tensors.get("tok_embeddings.weight", torch.empty(0)).shape
+        content["vocab_size"] = shape[0] if shape else 0
     try:
         return meta_config(content) if is_meta(path) else huggingface_config(content)
-    except (ValueError, TypeError, ZeroDivisionError) as error:
-        raise ValueError(f"{file}: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{file}: {str(error)[:400]}") from None
+
+
+class Limit(NamedTuple):
+    """What an entry of a config can be, if it is there and not null."""
+    kind: type   # int; float, which may be written as a whole number; bool, str, dict
+    low: float = 0
+    high: float = 0
+
+
+SIZE = Limit(int, 1, 10 ** 6)  # a product of three, in bytes, is still a size for torch
+# The largest public models have 126 layers; to lay out a billion, before their weights are found
+# not to be there, would take for ever.
+LAYERS = Limit(int, 1, 500)
+LENGTH = Limit(int, 1, 10 ** 9)
+NORM_EPS = Limit(float, 1e-30, 1)
+BASE = Limit(float, 1, 1e30)
+
+
+def check_entries(entries: Mapping[str, Any], limits: Mapping[str, Limit], where: str = "") -> None:
+    """Raise ValueError naming the first entry that is not what it can be."""
+    for name, (kind, low, high) in limits.items():
+        value = entries.get(name)
+        if value is None:
+            continue
+        is_number = kind in (int, float)
+        # type, not isinstance: true is no number
+        if not (type(value) is kind or kind is float and type(value) is int) or (
+                is_number and not low <= value <= high):
+            wanted = f"{kind.__name__}{f' from {low} to {high}' if is_number else ''}"
+            raise ValueError(f"{where}{name} is {str(value)[:80]}, expected {wanted}")
 
 
 def what_instead(path: Path) -> str:
@@ -72,8 +103,25 @@ def read_weights(path: str | Path) -> Weights:
 # Hugging Face: config.json. The tensors have our names.
 
 SUPPORTED_TYPES = ("llama", "mistral", "qwen2")
-SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
-         "intermediate_size")
+SIZES = {
+    "hidden_size": SIZE, "num_hidden_layers": LAYERS, "num_attention_heads": SIZE,
+    "vocab_size": SIZE, "intermediate_size": SIZE,
+}
+LIMITS = {
+    **SIZES, "num_key_value_heads": SIZE, "head_dim": SIZE, "max_position_embeddings": LENGTH,
+    "rms_norm_eps": NORM_EPS, "rope_theta": BASE, "rope_scaling": Limit(dict),
+    "rope_parameters": Limit(dict), "tie_word_embeddings": Limit(bool),
+    "attention_bias": Limit(bool), "mlp_bias": Limit(bool), "use_sliding_window": Limit(bool),
+    "sliding_window": Limit(int, 0, 10 ** 9), "model_type": Limit(str), "hidden_act": Limit(str),
+    "layer_types": Limit(list),
+    # of a reward model that was trained here, run/models.py
+    "score_mean": Limit(float, -1e9, 1e9), "score_std": Limit(float, 1e-9, 1e9),
+}
+ROPE_LIMITS = {
+    "rope_type": Limit(str), "type": Limit(str), "rope_theta": BASE,
+    "factor": Limit(float, 1e-3, 1e6), "low_freq_factor": Limit(float, 1e-3, 1e6),
+    "high_freq_factor": Limit(float, 1e-3, 1e6), "original_max_position_embeddings": LENGTH,
+}
 # Entries that are read here, or refused by `unsupported` where they ask for too much.
 UNDERSTOOD = {
     *SIZES, "model_type", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps",
@@ -96,9 +144,12 @@ INERT = set("""
 
 def huggingface_config(c: dict) -> ModelConfig:
     """Translate the content of a config.json."""
-    missing = [name for name in SIZES if not isinstance(c.get(name), int)]
+    missing = [name for name in SIZES if c.get(name) is None]
     if missing:
         raise ValueError(f"lacks {', '.join(missing)}: not the config of a LLaMA")
+    check_entries(c, LIMITS)
+    for name in ("rope_scaling", "rope_parameters"):
+        check_entries(c.get(name) or {}, ROPE_LIMITS, f"{name}: ")
     first_problem = next(unsupported(c), None)
     if first_problem:
         raise ValueError(f"{first_problem} is not supported")
@@ -112,7 +163,7 @@ def huggingface_config(c: dict) -> ModelConfig:
         ffn_dim=c["intermediate_size"],
         max_seq_len=context_of(c),
         # what is missing has transformers' default
-        norm_eps=float(c.get("rms_norm_eps", 1e-6)),
+        norm_eps=float(c.get("rms_norm_eps") or 1e-6),
         rope_theta=float(rope.get("rope_theta") or c.get("rope_theta") or 10000.0),
         tie_embeddings=bool(c.get("tie_word_embeddings", False)),
         rope_scaling=float(rope.get("factor", 1.0)),
@@ -124,7 +175,7 @@ def huggingface_config(c: dict) -> ModelConfig:
 
 
 def context_of(c: dict) -> int:
-    return c.get("max_position_embeddings", 2048)
+    return c.get("max_position_embeddings") or 2048
 
 
 def own_head_dim(c: dict) -> int | None:
@@ -140,7 +191,7 @@ def rope_entries(c: dict) -> dict:
 
 
 def rope_type(rope: dict) -> str:
-    return rope.get("rope_type", rope.get("type", "default"))
+    return rope.get("rope_type") or rope.get("type") or "default"
 
 
 # The entries that each type of rotary scaling needs, beside the base.
@@ -163,7 +214,7 @@ def llama3_rope(rope: dict) -> tuple[float, float, int] | None:
 def unsupported(c: dict) -> Iterator[str]:
     """Yield what a config.json asks for and this code cannot compute, in the words of the error."""
     if c.get("model_type") not in SUPPORTED_TYPES:
-        yield f"model_type {c.get('model_type')!r} (supported: {', '.join(SUPPORTED_TYPES)})"
+        yield f"model_type {c.get('model_type')!r:.80} (supported: {', '.join(SUPPORTED_TYPES)})"
     if c.get("hidden_act", "silu") != "silu":
         yield f"hidden_act {c['hidden_act']!r}"
     for name in ("mlp_bias", "attention_dropout", "quantization_config"):
@@ -176,10 +227,10 @@ def unsupported(c: dict) -> Iterator[str]:
     if window is not None and window < context_of(c):
         yield (f"sliding_window {window} (within it attention is full: "
                "lower max_position_embeddings to it to use the model so)")
-    if set(c.get("layer_types") or []) - {"full_attention"}:
+    if any(kind != "full_attention" for kind in c.get("layer_types") or []):
         yield f"layer_types {c['layer_types']}"
     if c.get("pretraining_tp", 1) not in (None, 1):
-        yield f"pretraining_tp {c['pretraining_tp']} (1 gives the same up to rounding)"
+        yield f"pretraining_tp {str(c['pretraining_tp'])[:80]} (1 gives the same up to rounding)"
 
     # what is neither read nor known to be harmless may be anything, unless it is off
     known = UNDERSTOOD | INERT
@@ -197,6 +248,9 @@ def unsupported_rope(rope: dict) -> Iterator[str]:
     if needed is None:
         yield f"rope scaling of type {kind!r} (supported: {', '.join(ROPE_ENTRIES)})"
     elif rope.keys() - needed - {"rope_type", "type", "rope_theta"} or needed - rope.keys():
+        yield f"rope scaling {rope}"
+    elif None in (rope[name] for name in needed) or (
+            kind == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]):
         yield f"rope scaling {rope}"
 
 
@@ -223,19 +277,22 @@ META = {
     "feed_forward.w2": MetaTensor("mlp.down_proj", split=1),
     "feed_forward.w3": MetaTensor("mlp.up_proj", split=0),
 }
-META_NEEDED = {"dim", "n_layers", "n_heads", "multiple_of", "norm_eps"}
-META_PARAMS = META_NEEDED | {"n_kv_heads", "ffn_dim_multiplier", "vocab_size", "rope_theta",
-                             "max_seq_len", "max_batch_size"}
+META_NEEDED = {"dim": SIZE, "n_layers": LAYERS, "n_heads": SIZE, "multiple_of": SIZE,
+               "norm_eps": NORM_EPS}
+META_LIMITS = {**META_NEEDED, "n_kv_heads": SIZE, "ffn_dim_multiplier": Limit(float, 1e-3, 1e3),
+               "vocab_size": SIZE, "rope_theta": BASE, "max_seq_len": LENGTH,
+               "max_batch_size": LENGTH}
 
 
 def meta_config(p: dict) -> ModelConfig:
     """Translate the content of a params.json."""
-    missing = sorted(META_NEEDED - p.keys())
+    missing = [name for name in META_NEEDED if p.get(name) is None]
     if missing:
         raise ValueError(f"lacks {', '.join(missing)}")
-    unknown = sorted(p.keys() - META_PARAMS)
+    unknown = sorted(p.keys() - META_LIMITS)
     if unknown:
         raise ValueError(f"{', '.join(unknown)} is not supported: not the params of a LLaMA 1 or 2")
+    check_entries(p, META_LIMITS)
 
     # two thirds of 4 D, as SwiGLU has three matrices instead of two; then up to a round number
     ffn_dim = int((p.get("ffn_dim_multiplier") or 1) * int(2 * 4 * p["dim"] / 3))
