@@ -330,11 +330,10 @@ def parser() -> Parser:
 
 def main(args: Sequence[str]) -> None:
     """Run the command; what cannot be done ends the program with one line and status 2."""
-    # Public benchmarks run under torchrun as well, and have flags and errors of their own.
-    if args[:1] == ["run"]:
-        benchmark.main(args[1:])
-        return
     try:
+        # Public benchmarks run under torchrun as well, and have flags and errors of their own.
+        if args[:1] == ["run"]:
+            return benchmark.main(args[1:])
         parsed = parser().parse_args(args)
         parsed.run(parsed)
     # What a user can cause is one line. Anything else is a fault of this code, and keeps its trace.
@@ -342,6 +341,7 @@ def main(args: Sequence[str]) -> None:
         print(harmless(f"eval.py: error: {error}"), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
+        print("\neval.py: stopped", file=sys.stderr)
         sys.exit(130)
 
 

@@ -1,4 +1,4 @@
-"""The machine: process group, sharding, gathering, sharded checkpoints. It knows nothing of RLHF.
+"""The machine: process group, sharding, gathering. It knows nothing of RLHF.
 
 One process uses no process group and plain modules. Several share every model (FSDP2):
 
@@ -10,16 +10,16 @@ One process uses no process group and plain modules. Several share every model (
 from __future__ import annotations
 
 import ctypes
-import json
 import os
-import shutil
+import platform
 import signal
 import sys
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Mapping, NoReturn, Sequence
+from typing import Any, Callable, Iterable, Iterator, NoReturn, Sequence
 
 import torch
 import torch.distributed as dist
@@ -32,7 +32,7 @@ from torch.distributed.tensor import DTensor
 from formats import harmless
 from model import Block, ModelConfig
 from weights.initial import random_weights
-from weights import Weights, check_weights, materialize, read_safetensors, write_safetensors
+from weights import Weights, check_weights, materialize
 
 # Up to this many parameters the whole model is one sharded unit: gathering block by block would
 # cost more in messages than it saves in memory.
@@ -41,15 +41,13 @@ BLOCKWISE_ABOVE = 20_000_000
 # torchrun, if it started us; read early, while it surely lives.
 LAUNCHER = os.getppid()
 
-# Models with their optimizers, by the names under which a checkpoint keeps them.
-Trained = Mapping[str, tuple[nn.Module, torch.optim.Optimizer]]
-
 
 @dataclass(frozen=True)
 class ParallelConfig:
     replicas: int = 1               # groups of ranks that each hold all shards: one per node, or 1
     activation_checkpointing: bool = False  # keep the blocks' inputs alone, compute the rest again
     offload_frozen: bool = False    # reference and reward model wait in CPU memory when not in use
+    timeout: float = 30.0           # of waiting for a rank that does not answer [minutes]
 
 
 @dataclass(frozen=True)
@@ -61,6 +59,7 @@ class Machine:
     dtype: torch.dtype  # of forwards and backwards; trained parameters and optimizers are float32
     config: ParallelConfig = ParallelConfig()
     mesh: DeviceMesh | None = None  # (shards,) or (replicas, shards); None: one process
+    peers: tuple[tuple[str, int], ...] = ()  # host and process of every rank
 
     @property
     def is_main(self) -> bool:
@@ -116,15 +115,22 @@ def start(dtype: str, config: ParallelConfig = ParallelConfig()) -> Machine:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     mesh = None
+    patience = timedelta(minutes=config.timeout)
+    end_with_launcher()
     if world > 1:
         # Gloo beside NCCL: rollouts and plain objects travel between the ranks' CPUs.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        store, *_ = next(dist.rendezvous("env://", timeout=patience))
+        # When torchrun starts the processes again, it still holds the addresses of those before.
+        store = dist.PrefixStore(f"start {restarts()}", store)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=patience,
+                                store=store, rank=rank, world_size=world)
         # A rank that fails right away would tear the others' connections down while they are made.
         dist.barrier()
         mesh = make_mesh(device, world, config.replicas)
     if dtype == "auto":
         dtype = "bfloat16" if cuda else "float32"
-    return Machine(rank, world, device, getattr(torch, dtype), config, mesh)
+    peers = tuple(gather_objects((platform.node(), os.getpid())))
+    return Machine(rank, world, device, getattr(torch, dtype), config, mesh, peers)
 
 
 def make_mesh(device: torch.device, world: int, replicas: int) -> DeviceMesh:
@@ -147,8 +153,22 @@ def keep_freed_memory() -> None:
         mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: nothing is given back
 
 
-def stop() -> None:
-    """Leave the process group; with several processes, the program ends here."""
+def end_with_launcher() -> None:
+    """Have the system end this process when torchrun, which started it, is gone."""
+    # An orphan would wait in a collective for ever, and hold its GPU.
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl and "TORCHELASTIC_RUN_ID" in os.environ:
+        prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        # It may have gone before that; an orphan's parent is the first process of the system.
+        if os.getppid() != LAUNCHER or LAUNCHER == 1 and not is_torchrun(1):
+            os._exit(2)
+
+
+def stop(launcher_too: bool = False) -> None:
+    """Leave the process group; with several processes, the program ends here.
+
+    launcher_too: torchrun was asked to stop, and would report that as a failure, in pages.
+    """
     if dist.is_initialized():
         # Nobody leaves while another still waits for it.
         dist.barrier()
@@ -158,6 +178,8 @@ def stop() -> None:
         # does not take itself apart; what is still in the buffer of a pipe has to be written first.
         sys.stdout.flush()
         sys.stderr.flush()
+        if launcher_too:
+            leave(0)
         os._exit(0)
 
 
@@ -167,14 +189,35 @@ def fail(message: str) -> NoReturn:
         wait_for_the_main_rank()
     sys.stdout.flush()
     print(harmless(message), file=sys.stderr, flush=True)
-    # torchrun answers any failed worker with pages of traceback of its own, under which that line
-    # would be lost. So where it launched us on this machine alone, it is ended first, by a signal
-    # that it does not handle.
+    leave(2)
+
+
+def fail_alone(message: str) -> NoReturn:
+    """Print one line and exit with status 2, because of a rank that is lost.
+
+    Another try may do better, so torchrun stays if it has one left (--max-restarts).
+    """
+    print(harmless(message), file=sys.stderr, flush=True)
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > restarts():
+        os._exit(2)
+    leave(2)
+
+
+def restarts() -> int:
+    """Return how often torchrun has started these processes again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def leave(status: int) -> NoReturn:
+    """End this process at once, and torchrun with it."""
+    # torchrun answers any failed worker with pages of traceback of its own, under which what was
+    # said would be lost. So where it launched us on this machine alone, it is ended first, by a
+    # signal that it does not handle.
     alone = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
     if "TORCHELASTIC_RUN_ID" in os.environ and alone and is_torchrun(LAUNCHER):
         os.kill(LAUNCHER, signal.SIGUSR1)
     # Not sys.exit: other ranks may wait in a collective that will never complete.
-    os._exit(2)
+    os._exit(status)
 
 
 def wait_for_the_main_rank() -> None:
@@ -185,6 +228,11 @@ def wait_for_the_main_rank() -> None:
     # It spoke, and the launcher is gone; or nothing has begun that one rank could fail at alone.
     if os.getppid() != LAUNCHER or not dist.is_initialized():
         os._exit(2)
+
+
+def is_lost(error: RuntimeError) -> bool:
+    """Return whether an error is that another rank does not answer."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def is_torchrun(process: int) -> bool:
@@ -235,17 +283,29 @@ def from_main(make: Callable[[], Any]) -> Any:
     """Call `make` on rank 0 alone and hand its result, or its ValueError, to every rank."""
     if not dist.is_initialized():
         return make()
-    outcome: list[Any] = [None]
-    if dist.get_rank() == 0:
-        # An error has to travel too: else the other ranks would wait for the broadcast for ever.
-        try:
-            outcome = [make()]
-        except (ValueError, OSError) as error:
-            outcome = [error]
+    outcome: list[Any] = [attempt(make) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(outcome)
     if isinstance(outcome[0], Exception):
         raise outcome[0]
     return outcome[0]
+
+
+def on_all(make: Callable[[], Any]) -> list[Any]:
+    """Call `make` on every rank; hand all results, or the first ValueError, to every rank."""
+    outcomes = gather_objects(attempt(make))
+    for outcome in outcomes:
+        if isinstance(outcome, Exception):
+            raise outcome
+    return outcomes
+
+
+def attempt(make: Callable[[], Any]) -> Any:
+    """Return what `make` returns, or its error."""
+    # An error has to travel as a result does: else the other ranks would wait for it for ever.
+    try:
+        return make()
+    except (ValueError, OSError) as error:
+        return error
 
 
 # ---------------------------------------------------------------------------------------------
@@ -402,74 +462,3 @@ def grad_square_sum(model: nn.Module) -> Tensor:
         # Replicas hold equal gradients, which would else count once for each of them.
         own = own / parameters[0].device_mesh.size(0)
     return own
-
-
-# ---------------------------------------------------------------------------------------------
-# Checkpoints: one safetensors file per rank and one state.json, in a folder that appears whole
-
-# Adam's, under torch's names; each is as large as its parameter and sharded like it.
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-def save_checkpoint(path: Path, trained: Trained, state: dict, machine: Machine) -> None:
-    """Write models, optimizers and `state` (plain JSON) into a folder that appears whole."""
-    # 1. A folder under another name: a kill at any moment leaves the last checkpoint as it was.
-    partial = path.with_name(path.name + ".partial")
-    if machine.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    gather_objects(None)
-
-    # 2. Every rank writes its shards. All replicas hold the same ones, so the first writes for all.
-    tensors: dict[str, Tensor] = {}
-    steps: dict[str, float] = {}
-    for key, (model, optimizer) in trained.items():
-        for name, parameter in reshard(model).named_parameters():
-            tensors[f"{key}/weights/{name}"] = local_part(parameter)
-            adam = optimizer.state.get(parameter)
-            if not adam:
-                continue  # no step was taken yet
-            for moment in MOMENTS:
-                tensors[f"{key}/{moment}/{name}"] = local_part(adam[moment])
-            steps[key] = float(adam["step"])
-    if machine.rank < machine.shards:
-        write_safetensors(partial / f"rank{machine.rank:05d}.safetensors", tensors)
-    gather_objects(None)
-
-    # 3. All files are written: the folder takes its name, and the older ones have served.
-    if machine.is_main:
-        content = {**state, "shards": machine.shards, "optimizer_steps": steps}
-        (partial / "state.json").write_text(json.dumps(content))
-        os.rename(partial, path)
-        for old in path.parent.iterdir():
-            if old != path:
-                shutil.rmtree(old)
-    gather_objects(None)
-
-
-def load_checkpoint(path: Path, trained: Trained) -> dict:
-    """Fill models and optimizers, written by any number of ranks, and return the state."""
-    state = json.loads((path / "state.json").read_text())
-    names = [f"rank{rank:05d}.safetensors" for rank in range(state["shards"])]
-    files = [read_safetensors(path / name) for name in names]
-
-    def fill(target: Tensor, key: str) -> None:
-        # (rows of a file, ...) end to end -> (all rows, ...) -> (this rank's rows, ...): the number
-        # of ranks that wrote need not be the number that reads
-        whole = torch.cat([file[key] for file in files])
-        local_part(target).copy_(split_like(whole, target))
-
-    for key, (model, optimizer) in trained.items():
-        for name, parameter in reshard(model).named_parameters():
-            fill(parameter, f"{key}/weights/{name}")
-            if key not in state["optimizer_steps"]:
-                continue
-            # Just as a first step would have made it. The fused kernel reads `step` where the
-            # parameter lives: a number in CPU memory would be an address that a GPU cannot follow.
-            steps = state["optimizer_steps"][key]
-            adam = {"step": torch.tensor(steps, dtype=torch.float32, device=parameter.device)}
-            for moment in MOMENTS:
-                adam[moment] = torch.zeros_like(parameter)
-                fill(adam[moment], f"{key}/{moment}/{name}")
-            optimizer.state[parameter] = adam
-    return state

@@ -10,7 +10,6 @@ files. Settings, the run folder and the data of every stage are in run/.
 """
 from __future__ import annotations
 
-import json
 import sys
 import time
 from dataclasses import replace
@@ -32,15 +31,16 @@ from formats.files import print_any_text
 from model import ScalarModel, Transformer, derive
 from parallel import Machine
 from reward import RunningMoments
-from run import planner
+from run import planner, stopping
 from run.annotation import run_annotate, run_sample
+from run.checkpoints import keep, restore
 from run.comparison import compare
 from run.continuing import stages_to_run
-from run.folder import (Run, keep, load_model, open_folder, prepare_tokenizer, record_config,
-                        restore, save_model, timings, with_template)
+from run.folder import Run, load_model, save_model
 from run.health import Watch, not_finite, told
 from run.models import (base_model, calibration, check_tokenizer, open_reward, pair_accuracy,
                         policy_path, ppo_models, ranker)
+from run.opening import in_stage, opened_run, restarted
 from run.progress import show_iteration, tell_of_few_steps
 from run.settings import check_ranks, parse_args, reward_shape, usage
 from run.sources import Source, hold_out, open_source, reward_batch, sft_batch
@@ -446,40 +446,29 @@ STAGES = {
 def main(args: Sequence[str]) -> None:
     """Run the stages asked for."""
     # 1  settings; whatever can be refused is refused before anything is touched
-    config = parse_args(args, STAGES)
+    config = parse_args(restarted(args), STAGES)
     if config.plan:
         return planner.main(config, planner.shapes(config))
     machine = parallel.start(config.dtype, config.parallel)
     check_ranks(config, machine.world)
-    # 2  the run folder and the tokenizer, made by one rank and seen by all
-    out = parallel.from_main(partial(open_folder, config))
-    parallel.from_main(lambda: prepare_tokenizer(config, out).path)
-    planner.check_disk(config, out)
-    tokenizer = prepare_tokenizer(config, out)
-    config = with_template(config, tokenizer)
-    run = Run(config, machine, out, tokenizer)
-    ranker(run)  # a reward function that cannot be loaded shows now, not when it is first asked
-    if machine.is_main:
-        record_config(config, out, machine.world)
-    run.say(f"run folder: {out}   {machine.world} process(es) on {machine.device.type}, "
-            f"{str(machine.dtype).removeprefix('torch.')}")
-    # 3  what the evaluation will ask is put aside before any stage sees data
-    source = open_source(run)
-    parallel.from_main(source.choose_heldout)
-    # 4  the stages, one after the other; each finds the results of those before it in the folder
-    left = parallel.from_main(partial(stages_to_run, STAGES, config, out))
-    if not left:
-        run.say("nothing is left to do: every stage asked for has its result")
-    for name in left:
-        began = time.perf_counter()
-        with told(run, name):
-            STAGES[name].run(run, source)
-        if machine.is_main:
-            seconds = {**timings(run), name: round(time.perf_counter() - began, 2)}
-            (out / "seconds.json").write_text(json.dumps(seconds))
-        if name == "sample" and not ranker(run):
-            break  # people's turn: they fill in the ranks, the next command goes on
-    parallel.stop()
+    # 2  the run folder, which no other process works in, and what is made in it once
+    results = {name: stage.result for name, stage in STAGES.items()}
+    with opened_run(config, machine, results) as run:
+        ranker(run)  # a reward function that cannot be loaded shows now, not when first asked
+        # 3  what the evaluation will ask is put aside before any stage sees data
+        source = open_source(run)
+        parallel.from_main(source.choose_heldout)
+        # 4  the stages, one after the other; each finds the results of those before it
+        left = parallel.from_main(partial(stages_to_run, STAGES, run.config, run.out))
+        if not left:
+            run.say("nothing is left to do: every stage asked for has its result")
+        for name in left:
+            with in_stage(run, name), told(run, name):
+                STAGES[name].run(run, source)
+            if name == "sample" and not ranker(run):
+                break  # people's turn: they fill in the ranks, the next command goes on
+    # a signal that all got came from torchrun, which was asked to stop
+    parallel.stop(launcher_too=all(parallel.gather_objects(bool(stopping.received))))
 
 
 if __name__ == "__main__":
@@ -491,3 +480,9 @@ if __name__ == "__main__":
             main(sys.argv[1:])
         except (ValueError, OSError) as error:
             parallel.fail(f"train.py: error: {error}")
+        except RuntimeError as error:
+            if not parallel.is_lost(error):
+                raise
+            parallel.fail_alone("train.py: error: another process does not answer")
+        except KeyboardInterrupt:
+            parallel.leave(130)  # before there was anything to save

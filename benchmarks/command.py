@@ -12,7 +12,9 @@ asked is counted.
 from __future__ import annotations
 
 import argparse
+import os
 import re
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -272,3 +274,7 @@ def main(args: Sequence[str]) -> None:
         run(options)
     except (ValueError, OSError, sandbox.NotConfined) as error:
         parallel.fail(f"eval.py run: error: {error}")
+    except KeyboardInterrupt:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print("\neval.py run: stopped", file=sys.stderr, flush=True)
+        parallel.leave(130)

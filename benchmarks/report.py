@@ -1,7 +1,6 @@
 """What people see of results: the table, and the files of --out."""
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any, Iterator, NamedTuple, Sequence
@@ -11,7 +10,7 @@ from benchmarks.results import (
 )
 from benchmarks.tasks import GROUPS
 from evaluation.plots import draw_tasks
-from formats.files import write_jsonl
+from formats.files import whole_file, write_json, write_jsonl, write_text
 from formats.showing import fenced
 
 READING = """Values and standard errors as lm-evaluation-harness gives them. **change** is the last
@@ -189,13 +188,13 @@ def draw(results: Results) -> Any:
 def write(folder: Path, results: Results, groups: Sequence[str], settings: dict[str, Any]) -> None:
     """Write results.json, answers.jsonl and report.md, with a plot if matplotlib is installed."""
     folder.mkdir(parents=True, exist_ok=True)
-    content = json.dumps(to_json(results, groups, settings), indent=1, ensure_ascii=False)
-    (folder / "results.json").write_text(content + "\n", encoding="utf-8")
+    write_json(folder / "results.json", to_json(results, groups, settings))
     write_jsonl(folder / "answers.jsonl", answer_rows(results))
 
     lines = ["# Benchmarks", "", fenced(table(results, groups)), "", READING, ""]
     figure = draw(results)
     if figure:
-        figure.savefig(folder / "tasks.png", dpi=110)
+        with whole_file(folder / "tasks.png") as file:
+            figure.savefig(file, format="png", dpi=110)
         lines += ["![tasks](tasks.png)", ""]
-    (folder / "report.md").write_text("\n".join(lines), encoding="utf-8")
+    write_text(folder / "report.md", "\n".join(lines))

@@ -8,6 +8,7 @@ from typing import Any, Iterator, Mapping, NamedTuple, Sequence
 
 from evaluation.statistics import Interval, mean, prefer
 from formats import BadRow
+from formats.files import write_text
 from formats.parsers import get_preference
 from formats.rows import get, get_optional, parse_row, read_rows
 from formats.showing import escaped
@@ -237,4 +238,4 @@ def write_page(path: Path, first: str, second: str, summary: str, pairs: Sequenc
         links=" &middot; ".join(links),
         body="\n".join(body),
     )
-    path.write_text(page, encoding="utf-8")
+    write_text(path, page)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Mapping, Sequence
 
 from evaluation.statistics import SHARES, Interval
-from formats.files import read_jsonl
+from formats.files import read_log, whole_file
 
 # Okabe and Ito's colours, which people with any kind of colour blindness tell apart. The models of
 # every run keep theirs; others take the rest in turn. Grey is for what does not matter.
@@ -153,15 +153,15 @@ def write_plots(out: Path, results: Mapping[str, Any]) -> list[str]:
     plots = pyplot()
     if not plots:
         return []
-    log = out / "metrics.jsonl"
-    rows = read_jsonl(log) if log.exists() else []
+    rows = read_log(out / "metrics.jsonl")
     stages = {stage: [row for row in rows if row["stage"] == stage] for stage in CURVES}
     figures = {"tasks": draw_results(results), "score_against_kl": draw_path(plots, stages["ppo"])}
     figures |= {stage: draw_curves(plots, stage, steps) for stage, steps in stages.items()}
     names = []
     for name, figure in figures.items():
         if figure:
-            figure.savefig(out / f"{name}.png", dpi=110)
+            with whole_file(out / f"{name}.png") as file:
+                figure.savefig(file, format="png", dpi=110)
             plots.close(figure)
             names.append(f"{name}.png")
     return names

@@ -13,6 +13,7 @@ from evaluation.head_to_head import results_text, share_text
 from evaluation.plots import write_plots
 from evaluation.statistics import SHARES, mean, share_interval
 from formats import Prompt
+from formats.files import write_text
 from formats.showing import fenced, harmless
 
 # -------------------------------------------------------------------------------------------------
@@ -292,5 +293,5 @@ def write_report(
         advice = "`pip install matplotlib`, then run `--stages=eval` again"
         lines.append(f"No plots: matplotlib is not installed ({advice}).")
         hint = " (no plots: pip install matplotlib to get them)"
-    (out / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(out / "report.md", "\n".join(lines) + "\n")
     return f"report: {out / 'report.md'}{hint}"

@@ -2,18 +2,21 @@
 from __future__ import annotations
 
 import random
+import shutil
 from functools import partial
+from pathlib import Path
 from typing import Any, Sequence
 
 import data
 import parallel
 import reward
 from formats import Prompt
-from formats.files import read_jsonl, write_jsonl
+from formats.files import append_line, cut_torn_line, read_jsonl, read_log, write_jsonl
 from formats.parsers import ranks_of
 from formats.records import BadRow
 from model import derive
 from reward import RewardFunction
+from run import stopping
 from run.folder import Run, load_model
 from run.models import policy_path, ranker, to_text
 from run.rankings import check_drawn, check_ranks, check_rows, order_of
@@ -27,26 +30,55 @@ def run_sample(run: Run, source: Source) -> None:
     model = load_model(run, policy_path(run))
     mine = machine.part(list(range(len(prompts))))
     bar = run.bar("sample", len(mine))
+    done = parallel.from_main(partial(drawn_before, run))
     drawn: list[list[list[int]]] = []  # (prompts, responses, tokens)
     with parallel.gathered(model), machine.autocast():
         for start in range(0, len(mine), config.reward.generation_batch):
             rows = mine[start:start + config.reward.generation_batch]
-            ids = [list(prompts[row].ids) for row in rows]
-            drawn += reward.sample(model, ids, rows, config.reward, config.data.max_response_tokens,
-                                   run.end_ids, derive(config.seed, "sample"))
+            # the same batches whether interrupted or not: so are the last digits
+            if not all(row in done for row in rows):
+                ids = [list(prompts[row].ids) for row in rows]
+                groups = reward.sample(model, ids, rows, config.reward,
+                                       config.data.max_response_tokens, run.end_ids,
+                                       derive(config.seed, "sample"))
+                done.update(zip(rows, groups))
+                append_line(drawn_folder(run) / f"rank{machine.rank:05d}.jsonl",
+                            {"rows": list(rows), "responses": groups})
+            drawn += [done[row] for row in rows]
             bar.update(len(rows))
+            if stopping.received:
+                break
     bar.close()
+    stopping.stop_if_asked(f"within stage sample, after {len(drawn)} of this rank's {len(mine)} "
+                           "prompts")
     groups = [group for part in parallel.gather_objects(drawn) for group in part]
     path = run.out / "to_rank.jsonl"
     if machine.is_main:
         write_jsonl(path, (row_to_rank(run, i, prompt, group)
                            for i, (prompt, group) in enumerate(zip(prompts, groups, strict=True))))
+        shutil.rmtree(drawn_folder(run))
     parallel.gather_objects(None)  # nobody reads it before it is there
     if not ranker(run):
         run.say(f"{len(groups)} prompts with {len(config.reward.temperatures)} responses each wait "
                 f"in {path}.\nReplace each \"ranks\": null by a list such as [2, 1, 3, 3, 5] (1 is "
                 "best, equal numbers are ties), then run\n"
                 f"  train.py --out={run.out} --stages=annotate,reward,ppo,eval")
+
+
+def drawn_folder(run: Run) -> Path:
+    """Return where drawn responses wait for the others."""
+    return run.out / "checkpoints" / "sample"
+
+
+def drawn_before(run: Run) -> dict[int, list[list[int]]]:
+    """Return the responses that an interrupted run drew, by the number of their prompt."""
+    drawn_folder(run).mkdir(parents=True, exist_ok=True)
+    done: dict[int, list[list[int]]] = {}
+    for file in sorted(drawn_folder(run).glob("rank*.jsonl")):
+        cut_torn_line(file)
+        for batch in read_log(file):
+            done.update(zip(batch["rows"], batch["responses"]))
+    return done
 
 
 def row_to_rank(run: Run, i: int, prompt: Prompt, group: Sequence[list[int]]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The evaluation of a run: every model's answers to prompts that no stage has seen."""
 from __future__ import annotations
 
-import json
+import shutil
 import time
 from functools import partial
 from typing import Callable, Mapping, NamedTuple, Sequence
@@ -10,8 +10,9 @@ import parallel
 from eval import assess, write_answers
 from evaluation.report import examples_text, pick_examples, table, write_report
 from formats import Prompt, harmless
-from formats.files import read_json
+from formats.files import read_json, write_json
 from reward import RewardFunction
+from run import stopping
 from run.folder import Run, load_model, timings
 from run.models import (answer, base_model, best_of, pays_by_function, ranker, reward_model,
                         score_all, to_text)
@@ -51,10 +52,11 @@ def compare(run: Run, source: Source, policies: Sequence[str]) -> None:
     reward_path = run.result("reward")
     results["reward_model"] = (read_json(reward_path / "config.json").get("holdout_accuracy", {})
                                if reward_path else {})
-    results["seconds"] = {**timings(run), "eval": round(time.perf_counter() - began, 2)}
     if run.machine.is_main:
+        results["seconds"] = {**timings(run.out), "eval": round(time.perf_counter() - began, 2)}
         write_answers(run.out / "answers.jsonl", prompts, texts, values, drawn_texts, drawn_values)
-        (run.out / "eval.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        write_json(run.out / "eval.json", results)
+        shutil.rmtree(run.out / "checkpoints" / "eval")
         examples = pick_examples(prompts, texts, values, config.eval.show)
         sampled = pick_examples(prompts, drawn_texts, drawn_values, config.eval.show)
         said = write_report(run.out, results, examples, sampled)
@@ -86,15 +88,42 @@ class Answers(NamedTuple):
 def answers_of(run: Run, prompts: Sequence[Prompt], names: Sequence[str]) -> Answers:
     """Have every model answer."""
     answers = Answers({}, {})
+    parallel.from_main(partial(clear_answers, run))
     for name in names:
-        if name.startswith("best-of-"):
-            answers.greedy[name] = best_of(run, prompts)
-            continue
-        path = run.result(name)
-        model = load_model(run, path, frozen=True) if path else base_model(run)
-        answers.greedy[name] = answer(run, model, prompts, temperature=0.0)
-        answers.drawn[name] = answer(run, model, prompts, temperature=1.0, purpose="sampled")
+        stopping.stop_if_asked(f"within stage eval, before the answers of {name}")
+        given = kept_answers(run, name, partial(ask, run, prompts, name))
+        answers.greedy[name] = given["greedy"]
+        if "drawn" in given:
+            answers.drawn[name] = given["drawn"]
     return answers
+
+
+def ask(run: Run, prompts: Sequence[Prompt], name: str) -> dict[str, list[list[int]]]:
+    """Have one model answer."""
+    if name.startswith("best-of-"):
+        return {"greedy": best_of(run, prompts)}
+    path = run.result(name)
+    model = load_model(run, path, frozen=True) if path else base_model(run)
+    return {"greedy": answer(run, model, prompts, temperature=0.0),
+            "drawn": answer(run, model, prompts, temperature=1.0, purpose="sampled")}
+
+
+def clear_answers(run: Run) -> None:
+    """Forget answers of an evaluation that is not being resumed."""
+    folder = run.out / "checkpoints" / "eval"
+    if not run.config.resume:
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def kept_answers(run: Run, name: str, make: Callable[[], dict]) -> dict[str, list[list[int]]]:
+    """Return a model's answers: those that an interrupted evaluation had, or new ones."""
+    path = run.out / "checkpoints" / "eval" / f"{name}.json"
+    given = parallel.from_main(lambda: read_json(path) if path.exists() else None)
+    if given is None:
+        given = make()
+        parallel.from_main(lambda: write_json(path, given))
+    return given
 
 
 def texts_of(run: Run, prompts: Sequence[Prompt], answers: Mapping[str, Sequence[list[int]]]

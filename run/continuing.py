@@ -11,6 +11,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Iterator, Mapping
 
+from formats.files import read_log
+
 # Settings are flat here, by flag; config.json keeps them so.
 Flat = Mapping[str, Any]
 
@@ -19,7 +21,8 @@ PER_CALL = ("out", "stages", "resume", "resume_with_changes", "plan", "ranks", "
 
 # What changes no result but for its rounding: how much is computed at once and where, how often is
 # saved, how much is shown. Flags, sections, or a name for its flags in all sections.
-HARMLESS = {"checkpoint_every", "parallel", "microbatch_size", "generation_batch", "eval.show"}
+HARMLESS = {"checkpoint_every", "checkpoint_keep", "parallel", "microbatch_size",
+            "generation_batch", "eval.show"}
 
 # What results are made with: all of them, and those that are not made with the section of their
 # name alone.
@@ -56,6 +59,14 @@ def stages_to_run(stages: Mapping[str, Any], config: Any, out: Path) -> list[str
             if stage == "eval" or not (out / stages[stage].result).exists()]
 
 
+def was_begun(out: Path, stage: str) -> bool:
+    """Return whether a run was in a stage, and left something of it."""
+    names = {stage, f"{stage}_sft"}
+    if any((out / "checkpoints" / name).exists() for name in names):
+        return True
+    return any(row.get("stage") in names for row in read_log(out / "metrics.jsonl"))
+
+
 def problems(stages: Mapping[str, Any], config: Any, old: Flat | None, new: Flat) -> Iterator[str]:
     """Yield what a call may not do in the folder of a run.
 
@@ -74,6 +85,12 @@ def problems(stages: Mapping[str, Any], config: Any, old: Flat | None, new: Flat
     elif done and done != ["eval"] and not config.resume:
         yield (f"{out / stages[done[0]].result} exists: name a fresh --out, or continue with "
                "--resume")
+    elif not config.resume:
+        begun = [stage for stage in needed(stages, config)
+                 if stage not in (*done, "eval") and was_begun(out, stage)]
+        if begun:
+            yield (f"{out}: stage {begun[0]} was begun and not finished: continue with --resume, "
+                   "or name a fresh --out")
     if old is not None:
         yield from refused_changes(config, out, present, changes(old, new))
 

@@ -1,12 +1,8 @@
-"""A run's folder: where results are, the log, checkpoints, model folders."""
+"""A run's folder: where results are, the log, model folders."""
 from __future__ import annotations
 
-import json
-import os
-import platform
 import shutil
-import subprocess
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Mapping
 
@@ -16,17 +12,13 @@ from tqdm import tqdm
 
 import microcosm
 import parallel
-from data import AUTO, Tokenizer, choose_template, end_ids, open_tokenizer
+from data import Tokenizer, end_ids, open_tokenizer
 from formats import harmless
-from formats.files import read_json, read_jsonl, write_jsonl
+from formats.files import append_line, read_json, write_bytes, write_json
 from model import ScalarModel, Transformer, derive
 from parallel import Machine
-from run.continuing import changes
-from run.settings import Config, config_from_file, flatten
-from weights import read_config, read_weights, save_pretrained, stored_dtype
-
-# What a stage trains, by name: models and their optimizers.
-Trained = Mapping[str, tuple[nn.Module, torch.optim.Optimizer]]
+from run.settings import Config, config_from_file
+from weights import check_sum, read_config, read_weights, save_pretrained, stored_dtype
 
 
 @dataclass(frozen=True)
@@ -61,8 +53,7 @@ class Run:
     def append(self, name: str, row: Mapping[str, Any]) -> None:
         """Append one object to a file of JSON lines."""
         if self.machine.is_main:
-            with open(self.out / name, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            append_line(self.out / name, row)
 
     def say(self, text: str) -> None:
         if self.machine.is_main:
@@ -83,120 +74,43 @@ def find_result(config: Config, out: Path, name: str) -> Path | None:
     return next((folder / name for folder in folders if (folder / name).exists()), None)
 
 
-def open_folder(config: Config) -> Path:
-    """Make the run folder: the one asked for, or the first free runs/NNN."""
-    if config.out:
-        Path(config.out).mkdir(parents=True, exist_ok=True)
-        return Path(config.out)
-    for number in range(1, 10_000):
-        out = Path("runs") / f"{number:03d}"
-        try:
-            out.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        return out
-    raise ValueError("runs/ is full: give --out=FOLDER")
-
-
-def record_config(config: Config, out: Path, world: int) -> None:
-    """Write config.json: everything needed to repeat the run, and what later calls changed."""
-    path = out / "config.json"
-    settings, defaults = flatten(config), flatten(Config())
-    not_default = [flag for flag in settings if settings[flag] != defaults[flag]]
-    settings = json.loads(json.dumps({**settings, "out": str(out)}))  # as the file will hold them
-    earlier = read_json(path) if path.exists() else {}
-    before, changed = earlier.get("changes"), changes(earlier.get("config", {}), settings)
-    content = {"config": settings, "not_default": not_default,
-               "changes": [*(before if isinstance(before, list) else []),
-                           *([changed] if changed else [])],
-               "processes": world, "git": git_revision(),
-               "versions": {"python": platform.python_version(), "torch": torch.__version__}}
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-def git_revision() -> str | None:
-    """Return the commit this code is at; None where there is no git, or no repository."""
-    here = Path(__file__).parent
-    try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True,
-                              text=True)
-    except OSError:
-        return None
-    return done.stdout.strip() or None
-
-
 def prepare_tokenizer(config: Config, out: Path) -> Tokenizer:
     """Open the tokenizer that the run's models were trained with; train the embedded world's."""
     if not config.is_world:
         return open_tokenizer(Path(config.model.path))
     path = out / "tokenizer.model"
     if not path.exists():
-        partial_path = out / "tokenizer.partial"
         earlier = find_result(config, out, "tokenizer.model")
         # models of the base know the base's pieces: trained anew, other ids would mean other words
-        if earlier:
-            shutil.copyfile(earlier, partial_path)
-        else:
-            train_tokenizer(partial_path, config.model.vocab_size)
-        os.rename(partial_path, path)
+        write_bytes(path, earlier.read_bytes() if earlier else
+                    train_tokenizer(out / "tokenizer.new", config.model.vocab_size))
     return open_tokenizer(path)
 
 
-def with_template(config: Config, tokenizer: Tokenizer) -> Config:
-    """Return the settings with the chat template that "auto" stands for.
-
-    A base model brings none: SFT teaches it Alpaca's.
-    """
-    name = config.data.template
-    if name == AUTO and not tokenizer.own.exists:
-        name = "alpaca"
-    chosen = choose_template(name, tokenizer)
-    if chosen == config.data.template:
-        return config
-    return replace(config, data=replace(config.data, template=chosen))
-
-
-def train_tokenizer(path: Path, vocab_size: int) -> None:
+def train_tokenizer(path: Path, vocab_size: int) -> bytes:
     try:
         microcosm.train_tokenizer(path, vocab_size)
+        return path.read_bytes()
     except RuntimeError as error:
         reason = str(error).splitlines()[-1]
         raise ValueError(f"--model.vocab_size={vocab_size}: {reason}")
+    finally:
+        path.unlink(missing_ok=True)
 
 
-def timings(run: Run) -> dict[str, float]:
-    """Return the wall seconds of every finished stage."""
-    path = run.out / "seconds.json"
-    return read_json(path) if path.exists() else {}
+def timings(out: Path) -> dict[str, float]:
+    """Return the wall seconds of every finished stage; only the main rank, which writes, reads."""
+    path = out / "seconds.json"
+    try:
+        return read_json(path) if path.exists() else {}
+    except ValueError:
+        return {}  # no result hangs on them
 
 
-# ---------------------------------------------------------------------------------------------
-# Checkpoints
-
-def keep(run: Run, stage: str, step: int, steps: int, every: int, trained: Trained,
-         state: Mapping[str, Any]) -> None:
-    """Save a resumable checkpoint every `every` steps."""
-    if every and step % every == 0 and step < steps:
-        path = run.out / "checkpoints" / stage / f"{step:06d}"
-        parallel.save_checkpoint(path, trained, {**state, "step": step}, run.machine)
-
-
-def restore(run: Run, stage: str, trained: Trained) -> dict[str, Any]:
-    """Load the newest checkpoint of a stage when resuming; {} if there is none.
-
-    Log lines written after it are dropped: the steps will be taken, and logged, again.
-    """
-    if not run.config.resume:
-        return {}
-    folders = sorted((run.out / "checkpoints" / stage).glob("*"))
-    whole = [folder for folder in folders if folder.suffix != ".partial"]
-    state = parallel.load_checkpoint(whole[-1], trained) if whole else {}
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        if run.machine.is_main and (run.out / name).exists():
-            kept = [row for row in read_jsonl(run.out / name)
-                    if row["stage"] != stage or row["step"] <= state.get("step", 0)]
-            write_jsonl(run.out / name, kept)
-    return state
+def record_time(run: Run, stage: str, seconds: float) -> None:
+    """Write how long a stage took."""
+    if run.machine.is_main:
+        write_json(run.out / "seconds.json", {**timings(run.out), stage: round(seconds, 2)})
 
 
 # ---------------------------------------------------------------------------------------------
@@ -226,6 +140,9 @@ def load_model(run: Run, path: Path, kind: type[nn.Module] = Transformer,
     """Load a model folder, sharded; a scalar model from a language model gets a fresh head."""
     weights = read_weights(path)
     config = read_config(path)
+    # a bit that flipped on the disk would go on into every later model; each rank reads some files
+    files = weights.summed_files()[run.machine.rank::run.machine.world]
+    parallel.on_all(lambda: [check_sum(file) for file in files])
     if kind is ScalarModel and "score.weight" not in weights:
         generator = torch.Generator().manual_seed(derive(run.config.seed, "score head"))
         head = torch.randn(1, config.dim, generator=generator) / (config.dim + 1) ** 0.5

@@ -494,14 +494,14 @@ def heading(config: Config, shape: ModelConfig, judge: ModelConfig, room: float)
 
 
 def disk_bytes(config: Config, shape: ModelConfig, judge: ModelConfig) -> int:
-    """Return what a run's model folders and its largest checkpoint take on the disk."""
+    """Return what a run's model folders and its largest checkpoints take on the disk."""
     actor, scalar = parameters_of(Transformer, shape), parameters_of(ScalarModel, judge)
     size = {"sft": actor, "top": actor, "reward": scalar, "ppo": actor}
     trained = {**size, "ppo": actor + scalar * config.ppo.has_critic}
     stages = [stage for stage in config.stages if stage in size]
     folders = itemsize_of(config) * sum(size[stage] for stage in stages)
-    # a checkpoint holds weights and two moments in float32; the last one stays until it is whole
-    kept = 2 if config.checkpoint_every else 0
+    # a checkpoint holds weights and two moments in float32; the oldest stays until it is whole
+    kept = config.checkpoint_keep + 1 if config.checkpoint_every else 0
     return folders + kept * 12 * max((trained[stage] for stage in stages), default=0)
 
 
@@ -519,7 +519,8 @@ def check_disk(config: Config, folder: Path) -> None:
     if needed > free:
         raise ValueError(f"{folder}: {free / 1e9:.1f} GB are free on its disk, and the models and "
                          f"checkpoints of this run take {needed / 1e9:.1f} GB: free some, name "
-                         "another --out, or keep none with --checkpoint_every=0")
+                         "another --out, keep fewer with --checkpoint_keep=1, or none with "
+                         "--checkpoint_every=0")
 
 
 def main(config: Config, shapes: tuple[ModelConfig, ModelConfig]) -> None:

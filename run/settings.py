@@ -72,6 +72,7 @@ class Config:
     ranks: int = 8                      # processes that --plan plans for
     gpu_memory: float = 80.0            # of one GPU, for --plan [GB]
     checkpoint_every: int = 200         # optimizer steps between resumable checkpoints; 0: never
+    checkpoint_keep: int = 2            # checkpoints of a stage that stay, in case one is damaged
 
     @property
     def is_world(self) -> bool:
@@ -115,7 +116,7 @@ RANGES = {
     "[1, 1e6]": """model.dim model.n_heads model.n_kv_heads model.ffn_dim model.vocab_size
         max_seq_len max_prompt_tokens max_response_tokens batch_size minibatch_size
         microbatch_size generation_batch ppo.epochs iterations responses_per_prompt replicas
-        ranks""",
+        ranks checkpoint_keep""",
     "[1, 1e9]": "examples sampled_prompts kl_horizon eval.in_domain",
     "[0, 500]": "reward.n_layers",
     "[0, 1e6]": """reward.dim reward.n_heads reward.ffn_dim noise top_k critic_warmup kl_coef
@@ -128,7 +129,7 @@ RANGES = {
     "(0, 1]": "top_p",
     "(0, 100]": "ppo.temperature",
     "(0, 1e4]": "epochs",
-    "(0, 1e6]": "clip_range gpu_memory",
+    "(0, 1e6]": "clip_range gpu_memory timeout",
     "(0, 1e9]": "max_grad_norm",
 }
 

@@ -30,6 +30,7 @@ import sft
 from episodes import Four, collect
 from model import ModelConfig, ScalarModel, Transformer, token_logprobs
 from parallel import Machine
+from run.checkpoints import MOMENTS, load_checkpoint, save_checkpoint
 from run.health import NotFinite
 from train import Term, gather_rollouts, update
 from weights.files import write_safetensors
@@ -128,11 +129,11 @@ def resume(
 ) -> dict[str, float]:
     """Take one more step, and the same one from a checkpoint with a model of other weights."""
     path = out / "checkpoints" / "1"
-    parallel.save_checkpoint(path, {"model": (model, optimizer)}, {"kl_coef": 0.3}, machine)
+    save_checkpoint(path, {"model": (model, optimizer)}, {"kl_coef": 0.3}, machine)
     straight = update(model, optimizer, terms, 1e-3, 0.5, machine)
     fresh = parallel.build(Transformer, CONFIG, 5, machine)
     fresh_optimizer = parallel.adamw(fresh, 0.1)
-    state = parallel.load_checkpoint(path, {"model": (fresh, fresh_optimizer)})
+    state = load_checkpoint(path, {"model": (fresh, fresh_optimizer)})
     assert state["kl_coef"] == 0.3
     assert update(fresh, fresh_optimizer, terms, 1e-3, 0.5, machine) == straight
     resumed, expected = weights_of(fresh), weights_of(model)
@@ -202,7 +203,7 @@ def precision(out: Path, machine: Machine) -> None:
         terms = [Term(fit.loss, fit.batches(machine, 8))]
         stats = update(model, optimizer, terms, 1e-6, 1e9, machine)
         after = weights_of(model)
-        moments = [state[key] for state in optimizer.state.values() for key in parallel.MOMENTS]
+        moments = [state[key] for state in optimizer.state.values() for key in MOMENTS]
         numbers[name] = {
             "stats": stats,
             "parameters": dtypes(model.parameters()),

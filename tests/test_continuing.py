@@ -8,7 +8,7 @@ import pytest
 
 import golden
 import train
-from run import continuing, settings
+from run import continuing, opening, settings
 
 FLAT = settings.flatten(settings.Config(stages=tuple(train.STAGES)))
 
@@ -102,7 +102,7 @@ def test_a_function_may_be_named_when_a_later_stage_needs_it(tmp_path):
     for name in "ab":
         (tmp_path / f"{name}.py").write_text("def score(prompt, response, answer): return 0.0\n")
     config = call(f"--out={out}", "--stages=ppo,eval", f"--reward.function={tmp_path / 'a.py'}")
-    train.record_config(config, out, 1)
+    opening.record_config(config, out, 1)
     with pytest.raises(ValueError, match="ranked.jsonl is made with it"):
         call(f"--out={out}", "--stages=ppo,eval", f"--reward.function={tmp_path / 'b.py'}")
 

@@ -23,7 +23,7 @@ TEXTS = {name: path.read_text(encoding="utf-8") for name, path in PAGES.items()}
 
 # Flags of other programs that the documents call.
 TORCHRUN = {"nproc_per_node", "nnodes", "node-rank", "master-addr", "master-port", "rdzv-id",
-            "rdzv-backend", "rdzv-endpoint"}
+            "rdzv-backend", "rdzv-endpoint", "max-restarts"}
 SLURM = {"nodes", "ntasks-per-node", "gpus-per-node"}
 
 

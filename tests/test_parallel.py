@@ -15,6 +15,7 @@ from torch import nn
 import parallel
 from model import Transformer, token_logprobs
 from parallel import Machine
+from run.checkpoints import load_checkpoint, save_checkpoint
 from weights.files import read_safetensors
 
 ROOT = Path(__file__).parents[1]
@@ -234,13 +235,13 @@ def test_restored_moments_are_like_fresh_ones(tmp_path):
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
     path = tmp_path / "checkpoints" / "1"
-    parallel.save_checkpoint(path, {"model": (model, optimizer)}, {}, machine)
+    save_checkpoint(path, {"model": (model, optimizer)}, {}, machine)
 
     same = nn.Linear(3, 2)
     elsewhere = nn.Linear(3, 2, device="meta")
     for other, device in ((same, "cpu"), (elsewhere, "meta")):
         restored = parallel.adamw(other, 0.0)
-        parallel.load_checkpoint(path, {"model": (other, restored)})
+        load_checkpoint(path, {"model": (other, restored)})
         for parameter, twin in zip(other.parameters(), model.parameters()):
             assert restored.state[parameter].keys() == optimizer.state[twin].keys()
             for name, fresh in optimizer.state[twin].items():

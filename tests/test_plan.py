@@ -17,6 +17,7 @@ import train
 from model import ModelConfig, ScalarModel, Transformer
 from run import settings
 from run import planner
+from run.checkpoints import MOMENTS
 from weights import save_pretrained
 
 ROOT = Path(__file__).parents[1]
@@ -109,7 +110,7 @@ def test_plan_is_what_a_real_run_allocates(stage, recompute):
     gradients = sum(p.grad.nbytes for p in model.parameters())
     optimizer.step()
     states = optimizer.state.values()
-    moments = sum(state[key].nbytes for state in states for key in parallel.MOMENTS)
+    moments = sum(state[key].nbytes for state in states for key in MOMENTS)
     if stage != "ppo update":  # there all four models count
         assert planned.parameters == sum(p.nbytes for p in model.parameters())
         assert planned.gradients == gradients
@@ -270,12 +271,12 @@ def test_bad_plans(flags, message):
 
 
 def test_a_run_that_does_not_fit_on_the_disk_is_refused(tmp_path, monkeypatch):
-    """SFT, reward and PPO of the embedded world: four bytes a weight, and twice a checkpoint of actor and critic."""
+    """SFT, reward and PPO of the embedded world: four bytes a weight, and three checkpoints of actor and critic."""
     config = settings.parse_args([], train.STAGES)
     shape = settings.world_shape(config)
     actor, scalar = (planner.parameters_of(kind, shape) for kind in (Transformer, ScalarModel))
     needed = planner.disk_bytes(config, shape, shape)
-    assert needed == 4 * (3 * actor + scalar) + 2 * 12 * (actor + scalar)
+    assert needed == 4 * (3 * actor + scalar) + 3 * 12 * (actor + scalar)
     free = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free._replace(free=needed))
     planner.check_disk(config, tmp_path)

@@ -16,7 +16,7 @@ import train
 from formats import Message
 from formats.files import read_jsonl
 from model import ScalarModel, Transformer, generate
-from run import folder, settings, sources
+from run import folder, opening, settings, sources
 from run.sources import prompt_key
 from weights import load_pretrained
 
@@ -261,7 +261,7 @@ def test_settings_of_another_version_are_named_and_left(finished, tmp_path, caps
 
 def test_without_git_a_run_starts(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
-    assert folder.git_revision() is None
+    assert opening.git_revision() is None
 
 
 # ---------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import golden
 import parallel
 import train
 from model import ScalarModel, generate
-from run import folder, settings, sources
+from run import checkpoints, folder, settings, sources
 from weights.loading import load_pretrained
 from weights.files import read_safetensors
 from weights.export import save_pretrained
@@ -223,7 +223,7 @@ def test_resume_restores_what_adapts(base, tmp_path, monkeypatch):
     """kl_coef, the running moments of the reward, the cursor into the demonstrations, the warm-up's count."""
     flags = ["--ppo.kl_target=0.05", "--ppo.kl_horizon=100", "--ppo.score_scale=running", "--ppo.ptx_coef=0.5", "--ppo.critic_warmup=1", "--ppo.iterations=4"]
     whole = ppo(base, tmp_path / "whole", *flags)
-    keep = folder.keep
+    keep = checkpoints.keep
 
     def killed(run, stage, step, *rest):
         keep(run, stage, step, *rest)

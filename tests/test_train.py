@@ -18,7 +18,7 @@ import train
 from model import Transformer
 from weights.loading import load_pretrained
 from weights.export import save_pretrained
-from run import folder, progress, settings
+from run import checkpoints, progress, settings
 
 ROOT = Path(__file__).parents[1]
 
@@ -54,7 +54,7 @@ def test_another_seed_is_another_run(finished, tmp_path):
 @pytest.mark.parametrize("stage,step", [("sft", 24), ("reward", 4), ("ppo", 2)])
 def test_resume_is_exact(finished, tmp_path, monkeypatch, stage, step):
     """Killed right after a step, at a checkpoint or past it, a resumed run ends as the run that was never killed."""
-    keep = folder.keep
+    keep = checkpoints.keep
 
     def killed(run, name, number, *rest):
         keep(run, name, number, *rest)

@@ -2,8 +2,6 @@
 from __future__ import annotations
 
 import itertools
-import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any, Iterable, Mapping
@@ -11,6 +9,7 @@ from typing import Any, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from formats.files import names_to_disk, put_in_place, write_bytes, write_json
 from model import ModelConfig, Transformer
 from text.export import tokenizer_files
 from text.templates import end_ids
@@ -137,13 +136,12 @@ def save_pretrained(model: nn.Module, path: str | Path, tokenizer: Tokenizer | N
     texts.update(write_weights(model, partial_path, weights, shard_bytes, dtype))
     for name, content in texts.items():
         if isinstance(content, Path):
-            shutil.copyfile(content, partial_path / name)
+            write_bytes(partial_path / name, content.read_bytes())
         else:
-            text = json.dumps(content, indent=1, ensure_ascii=False)
-            (partial_path / name).write_text(text + "\n", encoding="utf-8")
+            write_json(partial_path / name, content)
 
     # 3. whole: now it may have its name
-    put_in_place(partial_path, path)
+    replace_folder(partial_path, path)
 
 
 def write_weights(model: nn.Module, folder: Path, weights: Iterable[tuple[str, Tensor]] | None,
@@ -167,14 +165,15 @@ def write_weights(model: nn.Module, folder: Path, weights: Iterable[tuple[str, T
     return {"model.safetensors.index.json": index}
 
 
-def put_in_place(new: Path, path: Path) -> None:
+def replace_folder(new: Path, path: Path) -> None:
     """Make folder `new` the folder `path`; what else stands in an old one stays."""
     if not path.exists():
-        os.rename(new, path)
+        names_to_disk(new)
+        put_in_place(new, path)
         return
     # An old folder is no model folder while this goes on: config.json leaves first and comes last.
     for stale in (path / "config.json", *path.glob("model*.safetensors*")):
         stale.unlink(missing_ok=True)
     for file in sorted(new.iterdir(), key=lambda file: file.name == "config.json"):
-        os.replace(file, path / file.name)
+        put_in_place(file, path / file.name)
     new.rmdir()

@@ -6,15 +6,17 @@ import math
 import mmap
 import os
 import pickle
+import re
 import struct
-from functools import partial
+import zlib
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple
 
 import torch
 from torch import Tensor
 
-from formats.files import read_json
+from formats.files import naming, read_json, to_disk
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -58,9 +60,18 @@ class Weights(Mapping[str, Tensor]):
         source = Source(self.path, tuple(tensor.shape), tensor.dtype, lambda: tensor)
         return Weights(self.path, {**self.sources, name: source})
 
+    def summed_files(self) -> list[Path]:
+        """Return the files that may carry a checksum."""
+        files = {source.file for source in self.sources.values()}
+        return sorted(file for file in files if file.suffix == ".safetensors")
+
 
 # ---------------------------------------------------------------------------------------------
 # safetensors: an 8-byte little-endian length, a JSON object of that length, the tensors' bytes
+
+NO_SUM = "0" * 8  # where the checksum of the file will stand
+PIECE = 1 << 20   # bytes that are summed at a time
+
 
 class Entry(NamedTuple):
     """What the header says of one tensor; begin and end count bytes from the first tensor's."""
@@ -156,15 +167,17 @@ def check_filled(file: Path, entries: Mapping[str, Entry], size: int) -> None:
 
 
 def write_safetensors(file: Path, tensors: Mapping[str, Tensor],
-                      stream: Iterable[Tensor] | None = None) -> None:
+                      stream: Iterable[Tensor] | None = None) -> str:
     """Write a .safetensors file, wide types first so that every tensor stays aligned.
+
+    Returns its checksum, which stands in its header as well.
 
     stream: in place of the values of `tensors`, which then only tell names, shapes and (alike)
         dtypes; taken one at a time, so that no more than one has to be in memory.
     """
     names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
     widest_first = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
-    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, dict] = {"__metadata__": {"format": "pt", "crc32": NO_SUM}}
     offset = 0
     for name in widest_first:
         tensor = tensors[name]
@@ -178,12 +191,51 @@ def write_safetensors(file: Path, tensors: Mapping[str, Tensor],
 
     if stream is None:
         stream = (tensors[name] for name in widest_first)
-    with open(file, "wb") as handle:
-        handle.write(struct.pack("<Q", len(text)) + text)
+    beginning = struct.pack("<Q", len(text)) + text
+    checksum = zlib.crc32(beginning)
+    with naming(file, len(beginning) + offset), open(file, "wb") as handle:
+        handle.write(beginning)
         for tensor in stream:
-            values = tensor.detach().cpu().contiguous().flatten()
             # as bytes, for numpy has no bfloat16
-            handle.write(values.view(torch.uint8).numpy())
+            values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+            for start in range(0, len(values), PIECE):  # each is summed and written from the cache
+                piece = values[start:start + PIECE]
+                checksum = zlib.crc32(piece, checksum)
+                handle.write(piece)
+        # known only now; until here the file says of itself that it is damaged
+        handle.seek(beginning.index(NO_SUM.encode()))
+        handle.write(f"{checksum:08x}".encode())
+        to_disk(handle)
+    return f"{checksum:08x}"
+
+
+def stored_sum(file: Path) -> str:
+    """Return the checksum in the header of a .safetensors file; "": it has none, ours have."""
+    with open(file, "rb") as handle:
+        found = re.search(rb'"crc32": "([0-9a-f]{8})"', handle.read(200))
+    return found[1].decode() if found else ""
+
+
+def check_sum(file: Path) -> None:
+    """Raise ValueError naming a .safetensors file whose bytes are not those that were written."""
+    status = os.stat(file)
+    stored = stored_sum(file)
+    if stored and stored != actual_sum(file, stored, status.st_size, status.st_mtime_ns):
+        raise ValueError(f"{file}: damaged: its bytes are not those that were written; take it "
+                         "from a copy, or make it anew")
+
+
+@lru_cache
+def actual_sum(file: Path, stored: str, size: int, changed: int) -> str:
+    """Read a .safetensors file for the checksum of its bytes; an unchanged file is read once."""
+    piece = bytearray(PIECE)
+    with open(file, "rb", buffering=0) as handle:
+        # the checksum was made before it was put into the header
+        beginning = handle.read(200)
+        total = zlib.crc32(beginning.replace(stored.encode(), NO_SUM.encode(), 1))
+        while count := handle.readinto(piece):
+            total = zlib.crc32(memoryview(piece)[:count], total)
+    return f"{total:08x}"
 
 
 # ---------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from model import Transformer
-from weights.files import Weights
+from weights.files import Weights, check_sum
 from weights.layouts import read_config, read_weights
 
 
@@ -69,6 +69,8 @@ def load_pretrained(path: str | Path, device: str | torch.device = "cpu",
     with torch.device("meta"):
         model = kind(config).to(dtype)
     check_weights(model, weights)
+    for file in weights.summed_files():
+        check_sum(file)
     materialize(model, device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -1,0 +1,208 @@
+"""Runs are killed at random moments and inside every kind of write, continued, and compared with an undisturbed one.
+
+    python tests/kill.py --kills=200 [--ranks=2] [--seed=0]      prints what failed and what differs; test_kill.py is the short one
+
+A process kills itself at the n-th event of a kind, or is killed after a while:
+
+    half     a file is half on the disk          rename   the new file, or folder, has not got its name yet
+    torn     half a line of a log is written     removal  of what has served, one file is gone
+    time     at any moment
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Callable
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+
+import train
+from formats import files
+from run import annotation, folder
+
+FLAGS = ["--model.dim=32", "--model.n_layers=1", "--model.n_heads=2", "--model.n_kv_heads=1", "--model.ffn_dim=32", "--sft.examples=64",
+         "--sft.batch_size=16", "--sft.epochs=2", "--data.max_response_tokens=6", "--reward.sampled_prompts=24", "--reward.batch_size=8",
+         "--reward.epochs=1", "--ppo.iterations=4", "--ppo.batch_size=8", "--ppo.minibatch_size=4", "--ppo.epochs=1", "--eval.in_domain=6",
+         "--eval.general=12", "--reward.holdout=0.3", "--checkpoint_every=2", "--reward.generation_batch=4", "--eval.best_of=2"]
+KINDS = ("half", "rename", "torn", "removal", "time")
+MARK = b"\nkilled itself\n"
+LONGEST = {1: 4.0, 2: 14.0}  # seconds until a kill of kind "time", by ranks
+
+
+class Killer:
+    """Counts the events of one kind in this process, and kills it in the last of so many."""
+
+    def __init__(self, kind: str, left: int) -> None:
+        self.kind, self.left = kind, left
+        self.fsync, self.replace, self.rmtree, self.append = os.fsync, os.replace, shutil.rmtree, files.append_line
+        os.fsync, os.replace, shutil.rmtree = self.half, self.rename, self.removal
+        folder.append_line = annotation.append_line = self.torn
+
+    def now(self, kind: str) -> bool:
+        self.left -= kind == self.kind
+        return kind == self.kind and self.left == 0
+
+    def die(self) -> None:
+        os.write(2, MARK)
+        os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(60)
+
+    def half(self, file: int) -> None:
+        if self.now("half"):
+            path = os.readlink(f"/proc/self/fd/{file}")
+            if os.path.isfile(path) and Path(path).name not in files.LOGS:  # of which every line was written before
+                os.truncate(path, os.path.getsize(path) // 2)
+            self.die()
+        self.fsync(file)
+
+    def rename(self, *args) -> None:
+        if self.now("rename"):
+            self.die()
+        self.replace(*args)
+
+    def removal(self, path: Path, **options) -> None:
+        if Path(path).is_dir() and self.now("removal"):
+            for file in sorted(Path(path).rglob("*"))[:1]:
+                file.is_file() and file.unlink()
+            self.die()
+        self.rmtree(path, **options)
+
+    def torn(self, path: Path, row: dict) -> None:
+        if self.now("torn"):
+            line = files.json_line(row)
+            with open(path, "ab", buffering=0) as file:
+                file.write(line[:len(line) // 2])
+            self.die()
+        self.append(path, row)
+
+
+def forked(kind: str, n: int, flags: list[str], log: Path) -> int:
+    """Run train.py in a fork of this process, which has imported everything; return its status."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            with open(log, "a") as file:
+                os.dup2(file.fileno(), 1)
+                os.dup2(file.fileno(), 2)
+            Killer(kind, n)
+            train.main(flags)
+            status = 0
+        except (ValueError, OSError) as error:
+            print(f"train.py: error: {error}", file=sys.stderr, flush=True)
+        finally:
+            os._exit(status)
+    if kind == "time":
+        time.sleep(n / 1000)
+        os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def launched(kind: str, n: int, flags: list[str], log: Path, victim: int) -> int:
+    """Run two ranks under torchrun, of which one kills itself, or torchrun is killed; return the status, -9 if killed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__, "worker", kind, str(n), str(victim)]
+    with open(log, "a") as file:
+        file.flush()
+        before = log.stat().st_size
+        run = subprocess.Popen([*command, *flags], stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        if kind == "time":
+            try:
+                return run.wait(n / 1000)
+            except subprocess.TimeoutExpired:
+                run.kill()
+        status = run.wait(240)
+    is_killed = status and (kind == "time" or MARK in log.read_bytes()[before:])
+    time.sleep(0.2)  # until the workers are gone, which the system ends
+    return -signal.SIGKILL if is_killed else status
+
+
+def worker(kind: str, n: str, victim: str, *flags: str) -> None:
+    """Be a rank."""
+    torch.set_num_threads(1)
+    if os.environ["RANK"] == victim:
+        Killer(kind, int(n))
+    try:
+        train.main(list(flags))
+    except (ValueError, OSError) as error:
+        train.parallel.fail(f"train.py: error: {error}")
+
+
+def bytes_of(out: Path) -> dict[str, object]:
+    """Return the files of a run, but for what speaks of time, place and --resume."""
+    found: dict[str, object] = {}
+    for path in sorted(out.rglob("*")):
+        name = str(path.relative_to(out))
+        if path.is_file() and path.suffix != ".png" and name not in ("config.json", "seconds.json", "report.md"):
+            found[name] = path.read_bytes()
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_bytes().splitlines()]
+    found["metrics.jsonl"] = [{key: value for key, value in row.items() if "second" not in key} for row in rows]
+    found["eval.json"] = {key: value for key, value in json.loads(found["eval.json"]).items() if key != "seconds"}
+    return found
+
+
+def differences(out: Path, expected: dict[str, object]) -> list[str]:
+    found = bytes_of(out)
+    names = sorted(expected.keys() | found.keys())
+    return [name for name in names if found.get(name) != expected.get(name) and not name.endswith(".partial")]
+
+
+def kill_runs(kills: int, ranks: int, seed: int, work: Path, kinds: tuple[str, ...] = KINDS, say: Callable = print) -> tuple[Counter, list[str]]:
+    """Kill so often; return the kills by kind, and what went wrong."""
+    rng = random.Random(seed)
+    log = work / "log"
+    start = (lambda *args: forked(*args)) if ranks == 1 else (lambda *args: launched(*args, rng.randrange(2)))
+    if start("none", 0, [*FLAGS, f"--out={work / 'whole'}"], log):
+        raise ValueError(f"the undisturbed run failed:\n{log.read_text()[-3000:]}")
+    expected, done, wrong, finished = bytes_of(work / "whole"), Counter(), [], 0
+    while sum(done.values()) < kills or (work / "run").exists():
+        out = work / "run"
+        kind = rng.choice(kinds) if sum(done.values()) < kills else "none"
+        n = rng.randint(300, int(1000 * LONGEST[ranks])) if kind == "time" else rng.randint(1, {"removal": 3}.get(kind, 12))
+        flags = [*FLAGS, f"--out={out}", *["--resume"] * (out / "config.json").exists()]
+        status = start(kind, n, flags, log)
+        if status == -signal.SIGKILL:
+            done[kind] += 1
+            continue
+        finished += 1
+        bad = [f"status {status}"] if status else differences(out, expected)
+        if bad:
+            wrong.append(f"after {sum(done.values())} kills, the last by {kind} {n}: {', '.join(bad)}")
+            say(wrong[-1], log.read_text()[-1500:] if status else "", sep="\n")
+            shutil.copytree(out, work / f"wrong{finished}")
+        shutil.rmtree(out)
+        say(f"{sum(done.values())} kills, {finished} finished runs, {len(wrong)} wrong", flush=True)
+    return done, wrong
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--ranks", type=int, choices=(1, 2), default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    work = Path(tempfile.mkdtemp(prefix="kill"))
+    done, wrong = kill_runs(options.kills, options.ranks, options.seed, work)
+    print(f"{sum(done.values())} kills ({', '.join(f'{kind} {count}' for kind, count in done.items())}) of runs by {options.ranks} "
+          f"process(es): {len(wrong)} finished runs failed or differ" + f"; see {work}" * bool(wrong))
+    if wrong:
+        sys.exit(1)
+    shutil.rmtree(work)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["worker"]:
+        worker(*sys.argv[2:])
+    else:
+        main()
