@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 import parallel
 from data import AUTO, Tokenizer, choose_template
+from formats import harmless
 from formats.files import LOGS, cut_torn_line, naming, read_json, write_json
 from parallel import Machine
 from run import planner, stopping
@@ -56,7 +57,7 @@ def opened_run(config: Config, machine: Machine, results: Mapping[str, str]) -> 
             yield prepare(config, machine, out)
         except stopping.Stopped as stopped:
             if machine.is_main:
-                tqdm.write(f"stopped, as asked, {stopped}; continue with: {again()}")
+                tqdm.write(harmless(f"stopped, as asked, {stopped}; continue with: {again()}"))
         except OSError as error:
             if error.errno not in NO_ROOM + NO_RIGHT:
                 raise
@@ -174,7 +175,7 @@ def take_lock(out: Path) -> int:
     os.pwrite(lock, json.dumps({"host": host, "process": os.getpid()}).encode(), 0)
     for name in LOGS:
         if cut_torn_line(out / name):
-            print(f"{out / name}: its last line was torn, and is cut off")
+            print(harmless(f"{out / name}: its last line was torn, and is cut off"))
     return lock
 
 

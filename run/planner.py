@@ -541,7 +541,7 @@ def main(config: Config, shapes: tuple[ModelConfig, ModelConfig]) -> None:
         if not fits:
             print(f"{'':12}{advise(stage, config, *shapes, room)}", flush=True)
     print(f"\nOn the disk, with weights of {itemsize_of(config)} bytes in the model folders: "
-          f"{disk_bytes(config, *shapes) / 1e9:.3g} GB.")
+          f"{disk_bytes(config, *shapes) / 1e9:.1f} GB.")
 
 
 def named_shape(name: str) -> ModelConfig:

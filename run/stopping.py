@@ -63,8 +63,8 @@ def listen(pipe: int, is_main: bool) -> None:
             began = time.monotonic()
             received.append(number)
             if is_main:
-                tqdm.write(f"{signal.Signals(number).name}: the step is finished and saved first; "
-                           "once more to stop at once", file=sys.stderr)
+                tqdm.write("asked to stop: the step is finished and saved first; once more to "
+                           "stop at once", file=sys.stderr)
         elif time.monotonic() - began > ONE_SIGNAL:
             parallel.leave(128 + number)
 

@@ -1,4 +1,4 @@
-"""Runs are killed at random moments and inside every kind of write, continued, and compared with an undisturbed one.
+"""Runs are killed at random moments and inside every kind of write, or stopped, continued, and compared with an undisturbed one.
 
     python tests/kill.py --kills=200 [--ranks=2] [--seed=0]      prints what failed and what differs; test_kill.py is the short one
 
@@ -6,7 +6,7 @@ A process kills itself at the n-th event of a kind, or is killed after a while:
 
     half     a file is half on the disk          rename   the new file, or folder, has not got its name yet
     torn     half a line of a log is written     removal  of what has served, one file is gone
-    time     at any moment
+    time     at any moment                       stop     SIGTERM at a line of a log: it saves, and ends with status 0
 """
 
 import argparse
@@ -35,7 +35,7 @@ FLAGS = ["--model.dim=32", "--model.n_layers=1", "--model.n_heads=2", "--model.n
          "--sft.batch_size=16", "--sft.epochs=2", "--data.max_response_tokens=6", "--reward.sampled_prompts=24", "--reward.batch_size=8",
          "--reward.epochs=1", "--ppo.iterations=4", "--ppo.batch_size=8", "--ppo.minibatch_size=4", "--ppo.epochs=1", "--eval.in_domain=6",
          "--eval.general=12", "--reward.holdout=0.3", "--checkpoint_every=2", "--reward.generation_batch=4", "--eval.best_of=2"]
-KINDS = ("half", "rename", "torn", "removal", "time")
+KINDS = ("half", "rename", "torn", "removal", "time", "stop")
 MARK = b"\nkilled itself\n"
 LONGEST = {1: 4.0, 2: 14.0}  # seconds until a kill of kind "time", by ranks
 
@@ -79,6 +79,8 @@ class Killer:
         self.rmtree(path, **options)
 
     def torn(self, path: Path, row: dict) -> None:
+        if self.now("stop"):
+            os.kill(os.getpid(), signal.SIGTERM)
         if self.now("torn"):
             line = files.json_line(row)
             with open(path, "ab", buffering=0) as file:
@@ -161,7 +163,7 @@ def kill_runs(kills: int, ranks: int, seed: int, work: Path, kinds: tuple[str, .
     """Kill so often; return the kills by kind, and what went wrong."""
     rng = random.Random(seed)
     log = work / "log"
-    start = (lambda *args: forked(*args)) if ranks == 1 else (lambda *args: launched(*args, rng.randrange(2)))
+    start = (lambda *args: forked(*args)) if ranks == 1 else (lambda kind, *args: launched(kind, *args, 0 if kind == "stop" else rng.randrange(2)))
     if start("none", 0, [*FLAGS, f"--out={work / 'whole'}"], log):
         raise ValueError(f"the undisturbed run failed:\n{log.read_text()[-3000:]}")
     expected, done, wrong, finished = bytes_of(work / "whole"), Counter(), [], 0
@@ -171,7 +173,8 @@ def kill_runs(kills: int, ranks: int, seed: int, work: Path, kinds: tuple[str, .
         n = rng.randint(300, int(1000 * LONGEST[ranks])) if kind == "time" else rng.randint(1, {"removal": 3}.get(kind, 12))
         flags = [*FLAGS, f"--out={out}", *["--resume"] * (out / "config.json").exists()]
         status = start(kind, n, flags, log)
-        if status == -signal.SIGKILL:
+        is_stopped = kind == "stop" and not status and not (out / "eval.json").exists()
+        if is_stopped or status == -signal.SIGKILL:
             done[kind] += 1
             continue
         finished += 1

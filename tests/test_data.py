@@ -10,6 +10,7 @@ import json
 import os
 import random
 import re
+import stat
 import tracemalloc
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -654,7 +655,8 @@ def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
 
     def fsync(descriptor):
         flush(descriptor)
-        seen.append(("flushed", os.fstat(descriptor).st_size, read_jsonl(path)))
+        kind = "named" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "flushed"
+        seen.append((kind, path.stat().st_size if kind == "named" else os.fstat(descriptor).st_size, read_jsonl(path)))
 
     def replaced(old, new):
         seen.append(("renamed", os.path.getsize(old), read_jsonl(path)))
@@ -664,7 +666,9 @@ def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", replaced)
     write_jsonl(path, [{"n": n} for n in range(3)])
     size = path.stat().st_size
-    assert seen == [("flushed", size, [{"old": True}]), ("renamed", size, [{"old": True}])]
+    assert seen[:2] == [("flushed", size, [{"old": True}]), ("renamed", size, [{"old": True}])]
+    # then the folder, so that the name is on the disk as well
+    assert seen[2:] == [("named", size, [{"n": n} for n in range(3)])]
     assert read_jsonl(path) == [{"n": n} for n in range(3)] and os.listdir(tmp_path) == [
         "rows.jsonl"
     ]

@@ -20,6 +20,14 @@ from run import annotation, comparison, opening, stopping
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.fixture(autouse=True)
+def listens():
+    """Hear SIGINT, which shells have programs ignore that they start in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def signalled(number: int) -> None:
     """Send this process a signal, and wait until the run knows of it."""
     os.kill(os.getpid(), number)

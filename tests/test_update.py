@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import parallel
+from run.checkpoints import MOMENTS
 from train import Term, lr_at, update
 
 MACHINE = parallel.Machine(rank=0, world=1, device=torch.device("cpu"), dtype=torch.float32)
@@ -131,7 +132,7 @@ def test_bfloat16_steps_float32_masters():
     machine = replace(MACHINE, dtype=torch.bfloat16)
     for _ in range(10):
         update(model, optimizer, [Term(squares, [data(4, 0)])], 1e-6, 1.0, machine)
-    moments = [state[key] for state in optimizer.state.values() for key in parallel.MOMENTS]
+    moments = [state[key] for state in optimizer.state.values() for key in MOMENTS]
     assert {x.dtype for x in (*model.parameters(), *moments)} == {torch.float32}
     assert (model.weight - before).abs().min() > 8e-6
     assert (before.bfloat16() - 1e-6 == before.bfloat16()).all()
