@@ -11,7 +11,7 @@ import shlex
 import shutil
 import subprocess
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -180,7 +180,9 @@ def take_lock(out: Path) -> int:
 
 
 def free_lock(out: Path, lock: int) -> None:
-    """Let the next run in."""
+    """Let the next run in; leave no empty folder where all checkpoints have served."""
+    with suppress(OSError):  # it is not empty, or not there
+        (out / "checkpoints").rmdir()
     (out / "lock").unlink(missing_ok=True)
     os.close(lock)
 

@@ -39,6 +39,7 @@ from weights.initial import init_weights
 
 BATCH, PROMPT, RESPONSE, EPOCHS = 64, 32, 48, 4
 PAD, EOS = 0, 2
+NEVER = -1  # an id that is never drawn: no answer of ours ends by chance
 
 
 def shape(vocab_size: int = 4096) -> ModelConfig:
@@ -114,7 +115,7 @@ def ours(minibatches: int, is_ragged: bool) -> Callable[[], Any]:
     def iteration() -> None:
         if is_ragged:  # no flag ends an answer after so many tokens
             rollout.generate = partial(generate, stop=EndOurs(lengths))
-        episodes = ppo.collect(models, prompts, range(BATCH), config, score, RESPONSE, (EOS,), 0)
+        episodes = ppo.collect(models, prompts, range(BATCH), config, score, RESPONSE, (NEVER,), 0)
         episodes, _ = ppo.assign_credit(episodes, config, 0.05)
         ppo.learn(episodes, config, updates, 0, machine.microbatches)
 
