@@ -113,8 +113,8 @@ def ours(minibatches: int, is_ragged: bool) -> Callable[[], Any]:
         (models.critic, partial(ppo.critic_loss, config=config)))]
 
     def iteration() -> None:
-        if is_ragged:  # no flag ends an answer after so many tokens
-            rollout.generate = partial(generate, stop=EndOurs(lengths))
+        # no flag ends an answer after so many tokens
+        rollout.generate = partial(generate, stop=EndOurs(lengths)) if is_ragged else generate
         episodes = ppo.collect(models, prompts, range(BATCH), config, score, RESPONSE, (NEVER,), 0)
         episodes, _ = ppo.assign_credit(episodes, config, 0.05)
         ppo.learn(episodes, config, updates, 0, machine.microbatches)

@@ -33,7 +33,7 @@ def known_flags() -> set[str]:
     known = set(settings.flag_types()) | {"help", "model", "config"} | TORCHRUN | SLURM
     known |= {flag.removeprefix("--") for command in commands
               for flag in command._option_string_actions}
-    for file in ("benchmarks/command.py", "docs/walkthrough.py"):
+    for file in ("benchmarks/command.py", "docs/walkthrough.py", "tests/kill.py", "tests/fuzz.py"):
         text = (ROOT / file).read_text(encoding="utf-8")
         known |= set(re.findall(r'add_argument\("--([\w-]+)"', text))
     return known
