@@ -86,7 +86,6 @@ def test_files_of_a_run(finished):
         "eval.json",
         "report.md",
         "seconds.json",
-        "checkpoints",
     }
     for name in ("sft", "reward", "ppo"):
         assert {path.name for path in (out / name).iterdir()} >= {
