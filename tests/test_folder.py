@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 import golden
 import train
@@ -241,7 +242,9 @@ def test_a_model_folder_from_elsewhere_has_no_checksum(finished, tmp_path):
     shutil.copytree(finished[0] / "sft", tmp_path / "sft")
     file = tmp_path / "sft" / "model.safetensors"
     safetensors.save_file(safetensors.load_file(file), file, metadata={"format": "pt"})
-    load_pretrained(tmp_path / "sft")
+    theirs, ours = load_pretrained(tmp_path / "sft"), load_pretrained(finished[0] / "sft")
+    for one, other in zip(theirs.parameters(), ours.parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -231,6 +231,7 @@ def test_workers_end_with_their_launcher(tmp_path):
     run = Launched(tmp_path / "a")
     run.process.kill()
     run.ended()
+    assert not (tmp_path / "a" / "sft").exists(), "they came to the end of their work first"
 
 
 def test_torchrun_starts_ranks_again_where_they_were(tmp_path):
