@@ -118,6 +118,26 @@ def test_sampling_is_not_done_twice(undisturbed, tmp_path, monkeypatch):
     assert (out / "to_rank.jsonl").read_bytes() == (undisturbed[0] / "to_rank.jsonl").read_bytes()
 
 
+def test_models_that_have_answered_are_not_asked_again(undisturbed, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    shutil.copytree(undisturbed[0], out)
+    (out / "eval.json").unlink()
+    flags = ["--resume", "--stages=eval"]
+    hook(monkeypatch, "eval", signal.SIGTERM)
+    train.main([f"--out={out}", *flags])
+    monkeypatch.undo()
+    ask, asked = comparison.ask, []
+
+    def look(run, prompts, name):
+        asked.append(name)
+        return ask(run, prompts, name)
+
+    monkeypatch.setattr(comparison, "ask", look)
+    train.main([f"--out={out}", *flags])
+    assert asked == ["best-of-5", "ppo"]
+    assert bytes_of(out) == bytes_of(undisturbed[0])
+
+
 # The main thread waits in C, as in a collective: no handler of Python's runs.
 WAITING = f"""
 import ctypes, sys
