@@ -2,18 +2,26 @@
 
     checkpoints/STAGE/STEP/rank00000.safetensors ...  each rank's rows of weights and Adam's moments
     checkpoints/STAGE/STEP/state.json                 the rest, size and checksum of every file
+
+They are written while training goes on. Models and moments change in an optimizer step alone: so
+the first one that comes waits until a thread has copied them, and none waits for the disk.
 """
 from __future__ import annotations
 
 import json
 import shutil
+import time
 import zlib
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
-from typing import Any, Mapping
+from threading import Event
+from typing import Any, Mapping, NamedTuple, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 import parallel
 from formats.files import (LOGS, log_to_disk, names_to_disk, put_in_place, read_json, read_log,
@@ -35,17 +43,38 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 def keep(run: Run, stage: str, step: int, steps: int, every: int, trained: Trained,
          state: Mapping[str, Any]) -> None:
-    """Save a resumable checkpoint every `every` steps, and when the run is asked to stop."""
-    is_last = stopping.asked()
-    if is_last or every and step % every == 0 and step < steps:
+    """Begin a resumable checkpoint if one is due, and save and stop if that was asked for.
+
+    every: so many steps, 0: never; besides, every --checkpoint_minutes.
+    """
+    saving = run.saving
+    minutes = run.config.checkpoint_minutes
+    is_late = 0 < minutes <= (time.monotonic() - saving.since) / 60
+    is_writing = saving.under_way is not None and not saving.under_way.files.done()
+    # ranks may hear of a signal, or be ready, at different times: they decide together
+    flags = torch.tensor([bool(stopping.received), is_late, is_writing], dtype=torch.float32)
+    is_last, is_late, is_writing = parallel.all_max(flags).bool().tolist()
+    is_due = (is_late or every and step % every == 0) and step < steps
+    if is_last or is_due or step == steps or not is_writing:
+        settle(run)  # one at a time, and none is under way when the stage ends
+    if is_last or is_due:
         if run.machine.is_main:
             # its lines up to this step will not be written again
             log_to_disk(run.out)
         path = run.out / "checkpoints" / stage / f"{step:06d}"
-        save_checkpoint(path, trained, {**state, "step": step}, run.machine,
-                        run.config.checkpoint_keep)
+        saving.under_way = begin(path, trained, {**state, "step": step}, run.machine,
+                                 saving.writer, run.config.checkpoint_keep)
+        saving.since = time.monotonic()
     if is_last:
+        settle(run)
         raise stopping.Stopped(f"after step {step} of {steps} of stage {stage}")
+
+
+def settle(run: Run) -> None:
+    """Wait for the checkpoint that is being written, if any, and give it its name."""
+    writing, run.saving.under_way = run.saving.under_way, None
+    if writing:
+        writing.finish()
 
 
 def restore(run: Run, stage: str, trained: Trained) -> dict[str, Any]:
@@ -53,6 +82,7 @@ def restore(run: Run, stage: str, trained: Trained) -> dict[str, Any]:
 
     Log lines written after it are dropped: the steps will be taken, and logged, again.
     """
+    run.saving.since = time.monotonic()
     if not run.config.resume:
         return {}
     path = newest_whole(run, stage)
@@ -94,24 +124,55 @@ def checkpoints_in(folder: Path) -> list[Path]:
 # ---------------------------------------------------------------------------------------------
 # Written
 
-def save_checkpoint(path: Path, trained: Trained, state: dict, machine: Machine,
-                    kept: int = 2) -> None:
-    """Write models, optimizers and `state` (plain JSON) into a folder that appears whole.
+class Writing(NamedTuple):
+    """A checkpoint that is being written."""
+    path: Path
+    state: dict[str, Any]           # what state.json will hold, but for the files
+    kept: int
+    files: Future[dict[str, Any]]   # of this rank: name -> size and checksum
+    hooks: Sequence[RemovableHandle]
 
-    kept: so many checkpoints stay, this one and the newest before it.
+    def finish(self) -> None:
+        """Once all ranks have written, give the folder its name; the oldest have served."""
+        for hook in self.hooks:
+            hook.remove()
+        written = parallel.on_all(self.files.result)
+        files = {name: entry for part in written for name, entry in part.items()}
+        parallel.from_main(partial(put_checkpoint_in_place, self.path,
+                                   {**self.state, "files": files}, self.kept))
+
+
+def begin(path: Path, trained: Trained, state: Mapping[str, Any], machine: Machine,
+          writer: Executor, kept: int = 2) -> Writing:
+    """Begin to write models, optimizers and `state` (plain JSON) into a folder that appears whole.
+
+    writer: a thread.   kept: so many checkpoints stay, this one and the newest before it.
     """
     # 1. A folder under another name: a kill at any moment leaves the checkpoints as they were.
-    new = path.with_name(path.name + ".partial")
-    parallel.from_main(partial(empty_folder, new))
+    parallel.from_main(partial(empty_folder, partial_name(path)))
 
     # 2. Every rank writes its shards. All replicas hold the same ones, so the first writes for all.
     tensors, steps = shards_of(trained)
-    written = parallel.on_all(partial(write_shards, new, tensors, machine))
+    copied = Event()
 
-    # 3. All files are written: the folder takes its name, and the oldest have served.
-    files = {name: entry for part in written for name, entry in part.items()}
-    content = {**state, "shards": machine.shards, "optimizer_steps": steps, "files": files}
-    parallel.from_main(partial(finish, new, path, content, kept))
+    def wait(*_: Any) -> None:
+        copied.wait()
+
+    files = writer.submit(write_shards, partial_name(path), tensors, machine, copied)
+    hooks = [optimizer.register_step_pre_hook(wait) for _, optimizer in trained.values()]
+    content = {**deepcopy(dict(state)), "shards": machine.shards, "optimizer_steps": steps}
+    return Writing(path, content, kept, files, hooks)
+
+
+def save_checkpoint(path: Path, trained: Trained, state: Mapping[str, Any],
+                    machine: Machine) -> None:
+    """Write a checkpoint, and wait for it."""
+    with ThreadPoolExecutor(1) as writer:
+        begin(path, trained, state, machine, writer).finish()
+
+
+def partial_name(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
 
 
 def empty_folder(path: Path) -> None:
@@ -135,10 +196,16 @@ def shards_of(trained: Trained) -> tuple[dict[str, Tensor], dict[str, float]]:
     return tensors, steps
 
 
-def write_shards(folder: Path, tensors: Mapping[str, Tensor], machine: Machine) -> dict[str, Any]:
+@torch.no_grad()
+def write_shards(folder: Path, tensors: Mapping[str, Tensor], machine: Machine,
+                 copied: Event) -> dict[str, Any]:
     """Write this rank's file; return {its name: size and checksum}, {} of a further replica."""
-    if machine.rank >= machine.shards:
-        return {}
+    try:
+        if machine.rank >= machine.shards:
+            return {}
+        tensors = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+    finally:
+        copied.set()
     file = folder / shard_name(machine.rank)
     checksum = write_safetensors(file, tensors)
     return {file.name: {"bytes": file.stat().st_size, "crc32": checksum}}
@@ -148,8 +215,9 @@ def shard_name(rank: int) -> str:
     return f"rank{rank:05d}.safetensors"
 
 
-def finish(new: Path, path: Path, content: dict[str, Any], kept: int) -> None:
+def put_checkpoint_in_place(path: Path, content: dict[str, Any], kept: int) -> None:
     """Write state.json, give the folder its name, and drop the checkpoints that have served."""
+    new = partial_name(path)
     write_json(new / "state.json", {"crc32": checksum_of(content), **content})
     names_to_disk(new)
     shutil.rmtree(path, ignore_errors=True)  # a damaged one, which was not resumed from

@@ -2,7 +2,10 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Mapping
 
@@ -21,6 +24,14 @@ from run.settings import Config, config_from_file
 from weights import check_sum, read_config, read_weights, save_pretrained, stored_dtype
 
 
+@dataclass
+class Saving:
+    """How far the checkpoints of a stage are (run/checkpoints.py)."""
+    since: float = field(default_factory=time.monotonic)  # the last one, or the stage, began [s]
+    under_way: Any = None  # the one that is being written, if any
+    writer: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 1))
+
+
 @dataclass(frozen=True)
 class Run:
     """What every stage needs: the settings, this process, and where results are."""
@@ -28,6 +39,7 @@ class Run:
     machine: Machine
     out: Path
     tokenizer: Tokenizer
+    saving: Saving = field(default_factory=Saving)
 
     @property
     def end_ids(self) -> tuple[int, ...]:

@@ -54,7 +54,9 @@ def opened_run(config: Config, machine: Machine, results: Mapping[str, str]) -> 
         lock = parallel.from_main(partial(take_lock, out))
         try:
             parallel.from_main(partial(drop_served, out, results))
-            yield prepare(config, machine, out)
+            run = prepare(config, machine, out)
+            with run.saving.writer:
+                yield run
         except stopping.Stopped as stopped:
             if machine.is_main:
                 tqdm.write(harmless(f"stopped, as asked, {stopped}; continue with: {again()}"))

@@ -501,7 +501,8 @@ def disk_bytes(config: Config, shape: ModelConfig, judge: ModelConfig) -> int:
     stages = [stage for stage in config.stages if stage in size]
     folders = itemsize_of(config) * sum(size[stage] for stage in stages)
     # a checkpoint holds weights and two moments in float32; the oldest stays until it is whole
-    kept = config.checkpoint_keep + 1 if config.checkpoint_every else 0
+    saves = config.checkpoint_every or config.checkpoint_minutes
+    kept = config.checkpoint_keep + 1 if saves else 0
     return folders + kept * 12 * max((trained[stage] for stage in stages), default=0)
 
 

@@ -72,6 +72,7 @@ class Config:
     ranks: int = 8                      # processes that --plan plans for
     gpu_memory: float = 80.0            # of one GPU, for --plan [GB]
     checkpoint_every: int = 200         # optimizer steps between resumable checkpoints; 0: never
+    checkpoint_minutes: float = 0.0     # a checkpoint after so long, too [minutes]; 0: never
     checkpoint_keep: int = 2            # checkpoints of a stage that stay, in case one is damaged
 
     @property
@@ -122,7 +123,7 @@ RANGES = {
     "[0, 1e6]": """reward.dim reward.n_heads reward.ffn_dim noise top_k critic_warmup kl_coef
         kl_target value_clip_range score_clip eos_penalty entropy_coef ptx_coef eval.general
         eval.holdout show best_of""",
-    "[0, 1e9]": "checkpoint_every",
+    "[0, 1e9]": "checkpoint_every checkpoint_minutes",
     "[0, 1]": "in_domain_share warmup lr_end gamma gae_lambda",
     "[0, 100]": "lr critic_lr weight_decay temperatures",
     "(0, 1)": "reward.holdout",

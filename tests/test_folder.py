@@ -129,6 +129,7 @@ def stopped(finished, tmp_path_factory) -> Path:
     def killed(run, name, number, *rest):
         keep(run, name, number, *rest)
         if number == 2:
+            checkpoints.settle(run)
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:

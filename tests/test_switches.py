@@ -228,6 +228,7 @@ def test_resume_restores_what_adapts(base, tmp_path, monkeypatch):
     def killed(run, stage, step, *rest):
         keep(run, stage, step, *rest)
         if step == 3:
+            checkpoints.settle(run)
             raise KeyboardInterrupt
     monkeypatch.setattr(train, "keep", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -251,10 +252,12 @@ KILLER = """
 import os, sys
 sys.path.insert(0, {root!r})
 import train
+from run.checkpoints import settle
 keep = train.keep
 def killed(run, stage, step, *rest):
     keep(run, stage, step, *rest)
     if (stage, step) == ({stage!r}, {step}):
+        settle(run)
         os._exit(0)  # without a word, all ranks at once
 train.keep = killed
 train.main(sys.argv[1:])

@@ -59,6 +59,7 @@ def test_resume_is_exact(finished, tmp_path, monkeypatch, stage, step):
     def killed(run, name, number, *rest):
         keep(run, name, number, *rest)
         if (name, number) == (stage, step):
+            checkpoints.settle(run)
             raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "keep", killed)
