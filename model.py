@@ -22,11 +22,10 @@ from torch.utils.checkpoint import checkpoint
 from logprobs import (Mask, finite, last_scores, token_logprobs, token_logprobs_and_entropy,
                       token_values)
 from rotary import Rope, rope_table, rotate
-from sampling import Generation, check_lengths, choose, derive, filter_logits, row_uniforms
+from sampling import (Ends, Generation, Places, Stop, check_lengths, choose, derive, filter_logits,
+                      row_uniforms)
 
-Ends = int | Sequence[int] | None          # what ends an answer
-Stop = Callable[[list[int]], bool] | None  # is an answer over with these tokens?
-Read = Callable[[Tensor, Tensor], Any]     # (states (M, D), head (V, D)) -> what is asked of them
+Read = Callable[[Tensor, Tensor], Any]  # (states (M, D), head (V, D)) -> what is asked of them
 
 
 # ---------------------------------------------------------------------------------------------
@@ -130,10 +129,15 @@ class Cache:
         self.keys[layout.rows, :, layout.positions] = keys.to(values.dtype)
         self.values[layout.rows, :, layout.positions] = values
 
-    def keep(self, rows: Tensor) -> None:
-        """Hold these rows of the batch, (R,) int64, and no others."""
+    def keep(self, rows: list[int]) -> None:
+        """Hold these rows of the batch and no others."""
         self.keys = self.keys[rows]
         self.values = self.values[rows]
+
+    def copy(self, sources: list[int], targets: list[int]) -> None:
+        """Put into some rows what others hold."""
+        self.keys[targets] = self.keys[sources]
+        self.values[targets] = self.values[sources]
 
 
 class RMSNorm(nn.Module):
@@ -348,101 +352,98 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int,
     temperature: of all, or one per prompt; 0.0 is greedy.   eos_id: one id or several; None: never.
     rows: global index of each prompt (default 0..B-1): the noise of a row depends on (seed, its
         index), so neither batch nor rank count changes a sample.
-    batch_size: prompts generated at once, which bounds the cache's memory.
+    batch_size: prompts at once, which bounds the cache; the others follow as places get free.
     stop: called with a row's new tokens after each one; True ends the row as EOS does.
     """
     generation = Generation([[] for _ in prompts], [[] for _ in prompts])
-    if prompts:
-        check_lengths(prompts, max_new_tokens, model.config.max_seq_len)
-    rows = range(len(prompts)) if rows is None else rows
-    temperatures = torch.tensor(temperature).expand(len(prompts))
-    for start in range(0, len(prompts), batch_size):
-        batch = slice(start, start + batch_size)
-        noise = row_uniforms(seed, rows[batch], max_new_tokens)
-        steps = generation_steps(model, prompts[batch], max_new_tokens, temperatures[batch], top_k,
-                                 top_p, eos_id, noise, stop)
-        # a list, so that all steps run first: to read numbers is to wait for the device
-        for step in list(steps):
-            finite(step.logprobs)
-            for row, token, logprob in zip(*(column.tolist() for column in step)):
-                generation.tokens[start + row].append(token)
-                generation.logprobs[start + row].append(logprob)
+    if not prompts:
+        return generation
+    check_lengths(prompts, max_new_tokens, model.config.max_seq_len)
+    noise = row_uniforms(seed, range(len(prompts)) if rows is None else rows, max_new_tokens)
+    steps = generation_steps(model, prompts, max_new_tokens, torch.tensor(temperature), top_k,
+                             top_p, eos_id, noise, stop, batch_size)
+    # a list, so that all steps run first: to read numbers is to wait for the device
+    for step in list(steps):
+        finite(step.logprobs)
+        for row, token, logprob in zip(*(column.tolist() for column in step)):
+            generation.tokens[row].append(token)
+            generation.logprobs[row].append(logprob)
     return generation
 
 
 def generation_steps(model: Transformer, prompts: list[list[int]], max_new_tokens: int,
                      temperature: float | Tensor, top_k: int, top_p: float, eos_id: Ends,
-                     noise: Tensor, stop: Stop = None) -> Iterator[Step]:
+                     noise: Tensor, stop: Stop = None, batch_size: int = 0) -> Iterator[Step]:
     """Yield token after token of all prompts.
 
     noise: (B, max_new_tokens) float32 in [0, 1).   temperature: of all, or (B,) float32.
+    batch_size: prompts at once; 0: all.
     """
     device = model.lm_head.weight.device
     noise = noise.to(device)
     temperatures = torch.as_tensor(temperature, device=device).expand(len(prompts))
-    ends = None if eos_id is None else torch.tensor(eos_id, device=device)  # () or (ids,)
-    lengths = [len(prompt) for prompt in prompts]
-    logits, caches = prefill(model, prompts, max(lengths) + max_new_tokens)
-    # The batch holds some of the prompts, and some of its rows may have ended. To drop these
-    # copies the cache, so it waits until it pays; then the tail of long answers is cheap.
-    rows = torch.arange(len(prompts), device=device)  # which prompts the batch holds
-    active = rows                                     # which rows of the batch go on
-    positions = torch.tensor(lengths, device=device)  # where the next token of a row stands
-    written = torch.zeros_like(noise, dtype=torch.int64)  # the answers so far, for `stop`
-    for n in range(max_new_tokens):
-        # 1. a token for every row of the batch, by the noise of its prompt
-        tokens, logprobs = choose(logits, noise[rows, n], temperatures[rows], top_k, top_p)
+    ends = {eos_id} if isinstance(eos_id, int) else set(eos_id or ())
+    batch = Places(prompts, batch_size or len(prompts), max_new_tokens)
+    slots = max(map(len, prompts)) + max_new_tokens
+    caches = [Cache(len(batch.rows), slots) for _ in model.model.layers]
+    logits = prefill(model, prompts[:len(batch.rows)], caches, batch.active)
+    while True:
+        # 1. a token for every place, by the noise of its prompt
+        rows, counts, active = (torch.tensor(x, device=device)
+                                for x in (batch.rows, batch.counts, batch.active))
+        uniforms = noise[rows, counts.clamp(max=max_new_tokens - 1)]
+        tokens, logprobs = choose(logits, uniforms, temperatures[rows], top_k, top_p)
         yield Step(rows[active], tokens[active], logprobs[active])
-        if n + 1 == max_new_tokens:
-            return
 
-        # 2. rows that end with it are active no longer, and leave the batch now or later
-        if eos_id is not None:
-            active = active[~torch.isin(tokens[active], ends)]
-        if stop:
-            written[rows, n] = tokens
-            answers = written[rows[active], :n + 1].tolist()
-            going_on = [not stop(answer) for answer in answers]
-            active = active[torch.tensor(going_on, dtype=torch.bool, device=device)]
-        if len(active) == 0:
-            return
-        if len(active) <= 0.85 * len(rows):
-            rows = rows[active]
-            tokens = tokens[active]
-            positions = positions[active]
+        # 2. Prompts that wait get the places of answers that are over. When none waits any more
+        #    the batch shrinks: so the tail of long answers is cheap.
+        batch.go_on(tokens.tolist(), ends, stop)
+        free = batch.free()
+        if free and not batch.waiting:
+            kept = batch.shrink()
+            tokens = tokens[kept]
             for cache in caches:
-                cache.keep(active)
-            active = torch.arange(len(rows), device=device)
+                cache.keep(kept)
+        if not batch.active and not batch.waiting:
+            return
 
-        # 3. the model reads it, the tokens before it stand in the cache
-        slots = max(lengths) + n + 1
-        empty = None
-        if min(lengths) < max(lengths):
-            empty = torch.arange(slots, device=device) > positions[:, None]  # (R, S)
-        batch = torch.arange(len(rows), device=device)
-        layout = Layout(positions, (), batch, empty, slots)
-        logits = model.lm_head(model.model.run(tokens, layout, caches))
-        positions = positions + 1
+        # 3. the model reads the tokens, and then the prompts that are new
+        logits = read_tokens(model, tokens, batch.positions(), caches)
+        if new := free[:len(batch.waiting)]:
+            batch.admit(new)
+            logits[new] = prefill(model, batch.asked(new), caches, new)
 
 
-def prefill(model: Transformer, prompts: list[list[int]], slots: int) -> tuple[Tensor, list[Cache]]:
-    """Read the prompts; return the logits after each one's last token, (B, V), and the caches."""
+def read_tokens(model: Transformer, tokens: Tensor, positions: list[int],
+                caches: Sequence[Cache]) -> Tensor:
+    """Read a token (R,) for every row of the caches; return the logits after it, (R, V)."""
+    device = tokens.device
+    stands = torch.tensor(positions, device=device)
+    slots = max(positions) + 1
+    unlike = len(set(positions)) > 1
+    empty = torch.arange(slots, device=device) > stands[:, None] if unlike else None  # (R, S)
+    layout = Layout(stands, (), torch.arange(len(tokens), device=device), empty, slots)
+    return model.lm_head(model.model.run(tokens, layout, caches))
+
+
+def prefill(model: Transformer, prompts: Sequence[list[int]], caches: Sequence[Cache],
+            places: list[int]) -> Tensor:
+    """Read prompts into rows `places` of the caches; return the logits after each, (B, V)."""
     device = model.lm_head.weight.device
     # a prompt that is asked several times is read once; short ones first, as in every stream
-    unique = sorted(dict.fromkeys(map(tuple, prompts)), key=len)
+    home = {tuple(prompt): place for prompt, place in zip(prompts, places, strict=True)}
+    unique = sorted(home, key=len)
     groups = [Group(len(list(same)), length) for length, same in groupby(map(len, unique))]
-    flat, rows, positions = torch.tensor([(token, row, position)
-                                          for row, prompt in enumerate(unique)
+    flat, rows, positions = torch.tensor([(token, home[prompt], position) for prompt in unique
                                           for position, token in enumerate(prompt)],
                                          device=device).unbind(1)
-    caches = [Cache(len(unique), slots) for _ in model.model.layers]
     hidden = model.model.run(flat, Layout(positions, groups, rows), caches)
     # each prompt's last token, by its index in the stream of N
     ends = torch.tensor(list(map(len, unique)), device=device).cumsum(0) - 1
     logits = model.lm_head(hidden[ends])  # (N, D) -> (unique, D) -> (unique, V)
-    # back to the prompts as they were asked, each with a row of the cache of its own
-    place = {prompt: row for row, prompt in enumerate(unique)}
-    asked = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=device)
-    for cache in caches:
-        cache.keep(asked)
-    return logits[asked], caches
+    # what was read once stands in the cache for every prompt that is the same
+    if len(unique) < len(prompts):
+        for cache in caches:
+            cache.copy([home[tuple(prompt)] for prompt in prompts], places)
+    index = {prompt: i for i, prompt in enumerate(unique)}
+    return logits[[index[tuple(prompt)] for prompt in prompts]]

@@ -1,4 +1,4 @@
-"""How a token is drawn, and where all noise comes from.
+"""How a token is drawn, who has a place in the batch, and where all noise comes from.
 
 A token is drawn by inverting the cumulative distribution at a number from [0, 1), and there is one
 such number for every (row, position), fixed by the seed. So neither the batch that a prompt is
@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from typing import NamedTuple, Sequence
+from collections import deque
+from typing import Callable, Collection, NamedTuple, Sequence
 
 import numpy
 import torch
 from torch import Tensor
+
+Ends = int | Sequence[int] | None          # what ends an answer
+Stop = Callable[[list[int]], bool] | None  # is an answer over with these tokens?
 
 
 def derive(seed: int, *what: str | int) -> int:
@@ -42,6 +46,62 @@ def check_lengths(prompts: list[list[int]], max_new_tokens: int, context: int) -
     if longest + max_new_tokens > context:
         raise ValueError(f"the longest prompt has {longest} tokens and {max_new_tokens} new ones "
                          f"are asked for, but the context is {context}")
+
+
+class Places:
+    """A batch has a place for some of the prompts; the others wait until an answer is over.
+
+    The noise belongs to the prompt, so what is drawn does not depend on who stands where.
+    """
+
+    def __init__(self, prompts: Sequence[list[int]], size: int, most: int) -> None:
+        self.prompts = prompts
+        self.most = most                                  # tokens of an answer
+        self.rows = list(range(len(prompts)))[:size]      # the prompt in each place
+        self.counts = [0] * len(self.rows)                # tokens of the answer in each place
+        self.active = list(range(len(self.rows)))         # places whose answer goes on
+        self.waiting = deque(range(len(self.rows), len(prompts)))
+        self.answers: list[list[int]] = [[] for _ in prompts]
+
+    def asked(self, places: Sequence[int]) -> list[list[int]]:
+        """Return the prompts that stand in some places."""
+        return [self.prompts[self.rows[place]] for place in places]
+
+    def positions(self) -> list[int]:
+        """Return where the newest token of each place stands in its row."""
+        return [len(self.prompts[row]) + count - 1 for row, count in zip(self.rows, self.counts)]
+
+    def go_on(self, tokens: Sequence[int], ends: Collection[int], stop: Stop) -> None:
+        """Take a token for every place, and note whose answer is over with it."""
+        for place in self.active:
+            self.answers[self.rows[place]].append(tokens[place])
+        # a place whose answer is over keeps step with the others, as far as there is room
+        self.counts = [min(count + 1, self.most) for count in self.counts]
+        self.active = [place for place in self.active
+                       if self.counts[place] < self.most and tokens[place] not in ends
+                       and not (stop and stop(self.answers[self.rows[place]]))]
+
+    def free(self) -> list[int]:
+        """Return the places of answers that are over, once they are so many that it pays.
+
+        Whoever comes costs a prefill, and to do without the places a copy of the cache.
+        """
+        is_worth_it = len(self.active) <= 0.85 * len(self.rows)
+        return sorted(set(range(len(self.rows))) - set(self.active)) if is_worth_it else []
+
+    def admit(self, places: Sequence[int]) -> None:
+        """Give places to prompts that wait."""
+        for place in places:
+            self.rows[place], self.counts[place] = self.waiting.popleft(), 0
+        self.active = sorted([*self.active, *places])
+
+    def shrink(self) -> list[int]:
+        """Hold none but the active places; return which those were."""
+        kept = self.active
+        self.rows = [self.rows[place] for place in kept]
+        self.counts = [self.counts[place] for place in kept]
+        self.active = list(range(len(kept)))
+        return kept
 
 
 class Generation(NamedTuple):

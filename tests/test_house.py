@@ -94,7 +94,7 @@ LINES = {
     "model": 450,
     "rotary": 60,
     "logprobs": 220,
-    "sampling": 100,
+    "sampling": 165,
     "data": 500,
     "sft": 80,
     "reward": 350,

@@ -9,6 +9,7 @@ import torch
 
 import logprobs
 from model import (
+    Cache,
     RMSNorm,
     ScalarModel,
     Transformer,
@@ -399,7 +400,8 @@ def test_generation_ends_with_eos_included(actor):
 def test_generation_has_read_the_whole_prompt(actor):
     """Two prompts that differ in nothing but their last token, alone and in a ragged batch."""
     prompts = [[1, 5, 9], [1, 5, 10], [7], [1, 7, 7, 7, 30, 2, 8]]
-    logits, _ = prefill(actor, prompts, 20)
+    caches = [Cache(9, 20) for _ in actor.model.layers]
+    logits = prefill(actor, prompts, caches, [8, 0, 3, 4])
     out = generate(actor, prompts, 3, seed=2)
     for i, prompt in enumerate(prompts):
         whole = actor(torch.tensor([prompt]))[0, -1]
@@ -438,6 +440,25 @@ def test_a_row_that_has_ended_says_nothing_more(actor):
     for i, prompt in enumerate(prompts[:9]):
         assert said[i] == list(stream(actor, prompt, 40, eos_id=5, row=i))
     assert min(map(len, said)) < max(map(len, said))
+
+
+@pytest.mark.line(23)
+@pytest.mark.parametrize("size", [2, 7, 31])
+def test_places_that_get_free_go_to_prompts_that_wait(actor, size):
+    """What is drawn is the same as with a place for everyone; the batch stays as full as it pays."""
+    prompts = [[1, 5, 9], [1], [1, 7, 7, 7, 30, 2, 8], [1, 5, 9]] * 8
+    temperatures = [0.5 + 0.1 * (i % 7) for i in range(32)]
+    whole = generate(actor, prompts, 30, temperatures, eos_id=5, seed=4)
+    some = generate(actor, prompts, 30, temperatures, eos_id=5, seed=4, batch_size=size)
+    assert some.tokens == whole.tokens and len(set(map(len, whole.tokens))) > 5
+    for one, other in zip(some.logprobs, whole.logprobs):
+        assert one == pytest.approx(other, abs=1e-5)
+    noise = row_uniforms(4, range(32), 30)
+    steps = list(generation_steps(actor, prompts, 30, torch.tensor(temperatures), 0, 1.0, 5, noise, None, size))
+    sizes = [len(step.rows) for step in steps]
+    begun = [len({row for step in steps[:n + 1] for row in step.rows.tolist()}) for n in range(len(steps))]
+    assert max(sizes) == size and all(n > 0.85 * size for n, done in zip(sizes, begun) if done < 32)
+    assert sum(sizes) == sum(map(len, whole.tokens))
 
 
 def test_stop_ends_a_row_once(actor):
