@@ -19,7 +19,7 @@ from array import array
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Iterable, NamedTuple, Sequence
+from typing import Any, Iterable, NamedTuple, Sequence
 
 import torch
 from torch import Tensor
@@ -166,14 +166,16 @@ class TokenizedDialogue(NamedTuple):
 class TokenizedDialogues(Sequence[TokenizedDialogue]):
     """Dialogues in one array of 2 or 4 bytes a token: lists of Python's numbers take 16."""
 
-    def __init__(self) -> None:
-        self.words = array("H")         # of all tokens: twice the id, plus 1 if it is trained on
-        self.ends = array("q", [0])     # where the dialogues end in it
+    def __init__(self, words: Any = None, ends: Any = None) -> None:
+        # of all tokens: twice the id, plus 1 if it is trained on
+        self.words = array("H") if words is None else words
+        # where the dialogues end in it, behind a 0
+        self.ends = array("q", [0]) if ends is None else ends
 
     def append(self, tokens: Sequence[int], response_mask: Sequence[bool]) -> None:
         words = [2 * token + mask for token, mask in zip(tokens, response_mask, strict=True)]
         if self.words.typecode == "H" and max(words, default=0) >= 2 ** 16:
-            self.words = array("I", self.words)
+            self.words = type(self.words)("I", self.words)
         self.words.extend(words)
         self.ends.append(len(self.words))
 
@@ -233,12 +235,15 @@ def fit(tokenizer: Tokenizer, messages: Messages, template: str,
     return without(n) if text[n:].strip() else None
 
 
-def encode_sft(records: Iterable[Dialogue], tokenizer: Tokenizer, template: str,
-               max_tokens: int) -> tuple[TokenizedDialogues, Report]:
-    """Encode demonstrations; too long ones lose old turns and prompt text."""
+def encode_sft(records: Iterable[Dialogue], tokenizer: Tokenizer, template: str, max_tokens: int,
+               examples: TokenizedDialogues | None = None) -> tuple[TokenizedDialogues, Report]:
+    """Encode demonstrations; too long ones lose old turns and prompt text.
+
+    examples: what they are appended to.
+    """
     # They never lose the end of an answer: a model that learns from answers without EOS does not
     # learn to stop, and from there on every response is as long as allowed.
-    examples = TokenizedDialogues()
+    examples = TokenizedDialogues() if examples is None else examples
     report = Report()
     for record in records:
         tokens, trained = encode_dialogue(tokenizer, record.messages, template)

@@ -42,6 +42,10 @@ BLOCKWISE_ABOVE = 20_000_000
 LAUNCHER = os.getppid()
 
 
+# What a rank gathers in place of a result that is still to come.
+AT_WORK = "at work"
+
+
 @dataclass(frozen=True)
 class ParallelConfig:
     replicas: int = 1               # groups of ranks that each hold all shards: one per node, or 1
@@ -291,8 +295,13 @@ def from_main(make: Callable[[], Any]) -> Any:
 
 
 def on_all(make: Callable[[], Any]) -> list[Any]:
-    """Call `make` on every rank; hand all results, or the first ValueError, to every rank."""
-    outcomes = gather_objects(attempt(make))
+    """Call `make` on every rank; hand all results, or the first ValueError, to every rank.
+
+    One that takes long gathers AT_WORK now and then, or the others would take it for lost.
+    """
+    own = attempt(make)
+    while AT_WORK in (outcomes := gather_objects(own)):
+        pass
     for outcome in outcomes:
         if isinstance(outcome, Exception):
             raise outcome

@@ -22,7 +22,7 @@ import formats
 import microcosm
 import reward
 import sft
-from data import TokenizedDialogue, TokenizedRanking
+from data import TokenizedDialogue, TokenizedDialogues, TokenizedRanking
 from formats import BadRow, Dialogue, Message, Prompt
 from formats.files import read_jsonl, write_jsonl
 from formats.parsers import any_prompt, make_example, prompt_field
@@ -31,6 +31,7 @@ from formats.rows import get
 from model import derive
 from run.folder import Run
 from run.rankings import check_drawn, check_ranks, check_rows
+from run.sharing import shared, with_word
 
 
 class Ranked(NamedTuple):
@@ -81,11 +82,15 @@ class Source(ABC):
         return self.encode([prompt_of(row, f"{path}:{n}") for n, row in enumerate(rows, 1)], "eval")
 
     def demonstrations(self) -> Sequence[TokenizedDialogue]:
-        """Return the dialogues to imitate, as ids."""
-        examples, report = data.encode_sft(self.dialogues(), self.run.tokenizer,
-                                           self.config.data.template, self.config.longest)
+        """Return the dialogues to imitate, as ids; one process of a machine encodes for all."""
+        return shared(self.run.machine, self.encode_dialogues)
+
+    def encode_dialogues(self, examples: TokenizedDialogues) -> None:
+        """Append the dialogues to imitate."""
+        records = with_word(self.run.machine, self.dialogues())
+        _, report = data.encode_sft(records, self.run.tokenizer, self.config.data.template,
+                                    self.config.longest, examples)
         self.run.say(f"sft examples: {report}")
-        return examples
 
     def rankings(self) -> list[Ranked]:
         """Return the rankings that hold a pair, shuffled."""

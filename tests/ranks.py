@@ -1,16 +1,21 @@
-"""What test_parallel.py runs in processes of its own: the steps of all stages, or what is held how.
+"""What test_parallel.py and test_sharing.py run in processes of their own: the steps of all stages, or what is held how.
 
     ranks.py steps     FOLDER SETTINGS SIZE...   optimizer steps, a checkpoint, a PPO iteration
     ranks.py precision FOLDER SETTINGS           one step of 1e-6: dtypes, gradients, weights
     ranks.py gathering FOLDER SETTINGS           which weights are gathered when, and how often
     ranks.py stopping  FOLDER SETTINGS           what each rank says of a step that is not finite
+    ranks.py sharing   FOLDER SETTINGS           the demonstrations of FOLDER/data.jsonl: who reads, who holds what
+    ranks.py killed    FOLDER SETTINGS           the same; the rank that reads is killed while it does
 
 SETTINGS: a ParallelConfig as JSON, and "dtype". What came out is written to FOLDER, of `steps` to
 FOLDER/SIZE for every micro-batch size.
 """
 
 import json
+import os
+import signal
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -27,11 +32,17 @@ import parallel
 import ppo
 import reward
 import sft
+import train
+from data import open_tokenizer
 from episodes import Four, collect
 from model import ModelConfig, ScalarModel, Transformer, token_logprobs
 from parallel import Machine
 from run.checkpoints import MOMENTS, load_checkpoint, save_checkpoint
+from run import sharing as memory
+from run.folder import Run
 from run.health import NotFinite
+from run.settings import parse_args
+from run.sources import Files
 from train import Term, gather_rollouts, update
 from weights.files import write_safetensors
 
@@ -303,6 +314,69 @@ def stopping(out: Path, machine: Machine) -> None:
         (out / "numbers.json").write_text(json.dumps({"found": found, "expected": expected}))
 
 
+# ---------------------------------------------------------------------------------------------
+# sharing, killed
+
+
+class Read(Files):
+    """Demonstrations of a file, counted as they are read."""
+
+    reads = 0
+    kills_after = 0
+
+    def dialogues(self):
+        for record in super().dialogues():
+            self.reads += 1
+            if self.reads == self.kills_after:
+                (self.run.out / "held").write_text("{open} {names}".format(**memory_files()))
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield record
+
+
+def memory_files() -> dict[str, int]:
+    """Return how many files of shared memory this process has open, has mapped, and how many names those have."""
+    opened = []
+    for number in os.listdir("/proc/self/fd"):
+        try:
+            if "memfd:demonstrations" in os.readlink(f"/proc/self/fd/{number}"):
+                opened.append(os.stat(f"/proc/self/fd/{number}").st_nlink)
+        except FileNotFoundError:  # that of the listing itself
+            pass
+    with open("/proc/self/maps") as maps:
+        mapped = sum("memfd:demonstrations" in line for line in maps)
+    return {"open": len(opened), "mapped": mapped, "names": sum(opened)}
+
+
+def open_data(out: Path, machine: Machine, name: str) -> Read:
+    """Open a source of demonstrations whose ranks say all the time that they are at work."""
+    flags = [f"--model={out / 'model'}", f"--out={out / 'run'}", f"--sft.data={out / name}", "--stages=sft",
+             "--data.template=plain", "--data.max_prompt_tokens=60", "--data.max_response_tokens=40"]
+    talkative = replace(machine, config=parallel.ParallelConfig(timeout=1e-9))
+    config = parse_args(flags, train.STAGES)
+    return Read(Run(config, talkative, out, open_tokenizer(out / "model")))
+
+
+def sharing(out: Path, machine: Machine) -> None:
+    """Write what each rank gets and reads, together with a neighbour and without."""
+    source = open_data(out, machine, "data.jsonl")
+    examples = source.demonstrations()
+    found = {"shared": list(examples), "reads": source.reads, **memory_files()}
+    try:
+        open_data(out, machine, "bad.jsonl").demonstrations()
+    except ValueError as error:
+        found["error"] = str(error)
+    memory.neighbourhood = lambda machine: str(machine.rank)
+    alone = open_data(out, machine, "data.jsonl")
+    found |= {"alone": list(alone.demonstrations()), "reads alone": alone.reads}
+    (out / f"{machine.rank}.json").write_text(json.dumps(found))
+
+
+def killed(out: Path, machine: Machine) -> None:
+    source = open_data(out, machine, "data.jsonl")
+    source.kills_after = 20
+    source.demonstrations()
+
+
 def main(command: str, folder: str, settings: str, *sizes: str) -> None:
     torch.set_num_threads(1)
     values = json.loads(settings)
@@ -313,7 +387,8 @@ def main(command: str, folder: str, settings: str, *sizes: str) -> None:
         for size in sizes:
             steps(Path(folder, size), int(size), machine)
     else:
-        {"precision": precision, "gathering": gathering, "stopping": stopping}[command](Path(folder), machine)
+        {"precision": precision, "gathering": gathering, "stopping": stopping, "sharing": sharing,
+         "killed": killed}[command](Path(folder), machine)
     parallel.stop()
 
 

@@ -12,6 +12,7 @@ import random
 import re
 import stat
 import tracemalloc
+from array import array
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from formats import parsers, reading
 from formats.files import read_json, read_jsonl, write_jsonl
 from formats.records import Dialogue, Message, Prompt, Ranking, Report, dialogue_text
 from formats.rows import read_rows
+from run.sharing import Pages, mapped
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 SENTENCES = [
@@ -1481,16 +1483,21 @@ def test_dialogues_take_few_bytes_a_token():
         examples[2000]
 
 
-def test_dialogues_hold_ids_of_any_vocabulary():
+@pytest.mark.parametrize("numbers", [array, Pages])
+@pytest.mark.parametrize("rows_before", [0, 2])
+def test_dialogues_hold_ids_of_any_vocabulary(numbers, rows_before):
     """Those of the rows before stay when a larger id makes the array wider."""
-    examples = data.TokenizedDialogues()
+    examples = data.TokenizedDialogues(numbers("H"), numbers("q", [0]))
     given = [([0, 1, 32767], [False, True, True]), ([], []), ([151_935, 32768, 0], [True] * 3),
              ([5], [False])]
+    given = given[2 - rows_before:]
     for tokens, mask in given:
         examples.append(tokens, mask)
-    assert list(examples) == given
+    if numbers is Pages:
+        examples = data.TokenizedDialogues(mapped(examples.words.place()), mapped(examples.ends.place()))
+    assert list(examples) == given and examples.words.itemsize == 4
     with pytest.raises(ValueError):
-        examples.append([1, 2], [True])
+        data.TokenizedDialogues().append([1, 2], [True])
 
 
 def test_json_lines_are_read_one_by_one(tmp_path):
