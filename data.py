@@ -30,7 +30,7 @@ from text.chat_template import recognise
 from text.templates import (AUTO, EOS, TEMPLATES, Control, choose_template, control_id, end_ids,
                             split_system, template_for, trimmed)
 from text.tokenizer import Tokenizer, open_file
-from weights import read_config
+from weights import check_beside, read_config
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
     if (path / "metrics.jsonl").exists():
         advice = f"name one in it, such as {path / 'ppo'}"
         raise ValueError(f"{path}: the folder of a run, not of a model: {advice}")
+    if path.is_dir():
+        check_beside(path)  # all that is read of a folder here
     embeddings = math.inf if path.is_file() else read_config(path).vocab_size
     tokenizer = open_file(path)
     tokenizer.own = recognise(tokenizer, tokenizer.path.parent)

@@ -21,7 +21,8 @@ from formats.files import append_line, read_json, write_bytes, write_json
 from model import ScalarModel, Transformer, derive
 from parallel import Machine
 from run.settings import Config, config_from_file
-from weights import check_sum, read_config, read_weights, save_pretrained, stored_dtype
+from weights import (check_beside, check_sum, read_config, read_weights, save_pretrained,
+                     stored_dtype)
 
 
 @dataclass
@@ -150,6 +151,7 @@ def export_dtype(config: Config) -> torch.dtype:
 def load_model(run: Run, path: Path, kind: type[nn.Module] = Transformer,
                frozen: bool = False) -> nn.Module:
     """Load a model folder, sharded; a scalar model from a language model gets a fresh head."""
+    check_beside(path)
     weights = read_weights(path)
     config = read_config(path)
     # a bit that flipped on the disk would go on into every later model; each rank reads some files

@@ -34,6 +34,7 @@ from evaluation.statistics import (
 from data import open_tokenizer
 from model import ScalarModel, generate, last_scores
 from formats.files import read_jsonl
+from weights.files import accept_changed
 from weights.loading import load_pretrained
 from evaluation import chat, head_to_head, judging, plots, report, speaking, statistics
 from formats import reading, records
@@ -1283,6 +1284,7 @@ def test_a_folder_in_no_run_needs_a_template(finished, tmp_path):
     config = json.loads((tmp_path / "alone" / "tokenizer_config.json").read_text())
     del config["chat_template"]
     (tmp_path / "alone" / "tokenizer_config.json").write_text(json.dumps(config))
+    accept_changed(tmp_path / "alone")
     with pytest.raises(ValueError, match="brings no chat template: give --data.template=alpaca"):
         speaking.load(tmp_path / "alone", flags)
     with pytest.raises(ValueError, match="--data.max_response_tokens=128 leaves no room"):

@@ -11,9 +11,12 @@ import torch
 
 import golden
 import train
+from data import open_tokenizer
 from formats.files import append_line, cut_torn_line, whole_file, write_json, write_jsonl, write_text
+from model import ScalarModel, Transformer
 from run import checkpoints
-from weights import load_pretrained
+from weights import load_pretrained, save_pretrained
+from weights.__main__ import main as accept
 
 ROOT = Path(__file__).parents[1]
 
@@ -238,11 +241,90 @@ def test_a_model_folder_with_a_flipped_bit_is_refused(finished, tmp_path, place)
         train.main([f"--out={tmp_path / 'run'}", "--stages=eval"])
 
 
+def flip_unseen(file: Path) -> None:
+    """Flip a bit so that JSON stays JSON, and sentencepiece's numbers numbers: nobody stumbles over it."""
+    content = file.read_bytes()
+    for place in [len(content) // 2] if file.suffix == ".model" else reversed(range(len(content))):
+        flipped = content[:place] + bytes([content[place] ^ 1]) + content[place + 1:]
+        try:
+            if file.suffix == ".model" or json.loads(flipped) != json.loads(content):
+                return file.write_bytes(flipped)
+        except ValueError:
+            pass
+
+
+BESIDE = {"sft": 5, "top": 5, "reward": 4, "ppo": 5}  # files beside the weights: no generation's of the reward model
+
+
+@pytest.mark.parametrize("stage", BESIDE)
+def test_a_flipped_bit_beside_the_weights_is_refused(finished, tmp_path, stage):
+    """In each of the small files, whether for the weights or for the tokenizer; a run stops with that line."""
+    folder = tmp_path / "run" / stage
+    shutil.copytree(finished[0], tmp_path / "run")
+    kind = ScalarModel if stage == "reward" else Transformer
+    beside = [file for file in folder.iterdir() if file.name != "model.safetensors"]
+    assert len(beside) == BESIDE[stage]
+    for file in beside:
+        whole = file.read_bytes()
+        flip_unseen(file)
+        (tmp_path / "run" / "eval.json").unlink(missing_ok=True)
+        for refuse in (lambda: load_pretrained(folder, kind=kind), lambda: open_tokenizer(folder),
+                       lambda: train.main([f"--out={tmp_path / 'run'}", "--stages=eval"])):
+            # the evaluation asks the reward model only where that pays for the best of n
+            with pytest.raises(ValueError, match=f"{file}: damaged or edited: ") as error:
+                refuse()
+            assert str(error.value).endswith(f"accept it with: python -m weights {folder}")
+            assert "\n" not in str(error.value)
+        file.write_bytes(whole)
+        load_pretrained(folder, kind=kind)
+
+
+def test_a_flipped_bit_in_the_index_is_refused(config, tmp_path):
+    save_pretrained(Transformer(config), tmp_path / "model", shard_bytes=20_000)
+    load_pretrained(tmp_path / "model")
+    flip_unseen(tmp_path / "model" / "model.safetensors.index.json")
+    with pytest.raises(ValueError, match="model.safetensors.index.json: "):
+        load_pretrained(tmp_path / "model")
+
+
+def test_what_was_edited_is_accepted_by_command(finished, tmp_path, capsys):
+    """And only what stands beside the weights: they stay checked, and so do the other files."""
+    folder = tmp_path / "sft"
+    shutil.copytree(finished[0] / "sft", folder)
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": "{{ messages[0]['content'] }}"}))
+    with pytest.raises(ValueError, match="tokenizer_config.json: damaged or edited: "):
+        open_tokenizer(folder)
+    accept([str(folder)])
+    assert capsys.readouterr().out == f"{folder}: accepted: tokenizer_config.json\n"
+    assert open_tokenizer(folder).own.exists
+    load_pretrained(folder)
+    accept([str(folder)])
+    assert "accepted: nothing" in capsys.readouterr().out
+    flip_unseen(folder / "config.json")
+    flip(folder / "model.safetensors", 0.5)
+    with pytest.raises(ValueError, match="sft/config.json: "):
+        load_pretrained(folder)
+    accept([str(folder)])
+    with pytest.raises(ValueError, match="model.safetensors: damaged: "):
+        load_pretrained(folder)
+    with pytest.raises(ValueError, match="give one folder"):
+        accept([str(tmp_path)])
+
+
+def test_a_file_that_is_gone_is_its_readers_affair(finished, tmp_path):
+    shutil.copytree(finished[0] / "sft", tmp_path / "sft")
+    (tmp_path / "sft" / "generation_config.json").unlink()
+    load_pretrained(tmp_path / "sft")
+    assert open_tokenizer(tmp_path / "sft").own.exists
+
+
 def test_a_model_folder_from_elsewhere_has_no_checksum(finished, tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
     shutil.copytree(finished[0] / "sft", tmp_path / "sft")
     file = tmp_path / "sft" / "model.safetensors"
     safetensors.save_file(safetensors.load_file(file), file, metadata={"format": "pt"})
+    flip_unseen(tmp_path / "sft" / "generation_config.json")
     theirs, ours = load_pretrained(tmp_path / "sft"), load_pretrained(finished[0] / "sft")
     for one, other in zip(theirs.parameters(), ours.parameters(), strict=True):
         assert torch.equal(one, other)

@@ -21,7 +21,7 @@ from model import ModelConfig, ScalarModel, Transformer, generate, last_scores
 from weights.initial import init_weights
 from text.export import sentencepiece_files
 from weights.export import save_pretrained
-from weights.files import Weights, read_safetensors, write_safetensors
+from weights.files import Weights, accept_changed, read_safetensors, write_safetensors
 from formats.files import read_jsonl
 from weights import layouts
 from weights.layouts import read_config, read_weights
@@ -822,6 +822,7 @@ def test_torn_files(whole, tmp_path, case):
     shutil.copytree(whole / layout, folder)
     load_pretrained(folder)
     tear(folder)
+    accept_changed(folder)  # as if nothing here had ever been summed
     with pytest.raises(ValueError, match=expected) as caught:
         load_pretrained(folder)
     assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
@@ -835,6 +836,7 @@ def test_train_says_it_in_one_line(whole, tokenizer, tmp_path):
     rewrite(
         folder / "config.json", lambda c: c.update(vocab_size=640, max_position_embeddings=2048)
     )
+    accept_changed(folder)
     (tmp_path / "data.json").write_text('[{"instruction": "Say no.", "output": "No."}]')
     done = subprocess.run(
         [
@@ -912,6 +914,7 @@ def test_what_cannot_be_computed_is_refused_by_name(whole, tmp_path, entry, expe
         tmp_path / "model" / "config.json",
         lambda c: [c.pop("rope_scaling"), c.pop("rope_parameters"), c.update(entry)],
     )
+    accept_changed(tmp_path / "model")
     with pytest.raises(ValueError, match=expected) as caught:
         load_pretrained(tmp_path / "model")
     assert "\n" not in str(caught.value) and "config.json" in str(caught.value)

@@ -132,37 +132,41 @@ def save_pretrained(model: nn.Module, path: str | Path, tokenizer: Tokenizer | N
     if isinstance(model, Transformer):
         texts["generation_config.json"] = {"bos_token_id": bos_id, "eos_token_id": eos_id}
 
-    # 2. weights first, for the index is known after them; then everything that is text
-    texts.update(write_weights(model, partial_path, weights, shard_bytes, dtype))
+    shards = plan_shards(parameters_of(model, dtype), shard_bytes)
+    if len(shards) > 1:
+        texts["model.safetensors.index.json"] = index_of(shards)
+
+    # 2. everything that is text, then the weights, which carry the texts' checksums
     for name, content in texts.items():
         if isinstance(content, Path):
             write_bytes(partial_path / name, content.read_bytes())
         else:
             write_json(partial_path / name, content)
+    values = model.named_parameters() if weights is None else weights
+    stream = (tensor.to(dtype or tensor.dtype) for _, tensor in values)
+    for name, tensors in shards.items():
+        # one stream through all files, each of which takes as many as it holds
+        beside = [partial_path / text for text in texts] if name == min(shards) else []
+        write_safetensors(partial_path / name, tensors, itertools.islice(stream, len(tensors)),
+                          beside)
 
     # 3. whole: now it may have its name
     replace_folder(partial_path, path)
 
 
-def write_weights(model: nn.Module, folder: Path, weights: Iterable[tuple[str, Tensor]] | None,
-                  shard_bytes: int, dtype: torch.dtype | None) -> dict[str, dict]:
-    """Write the safetensors files; return the index that goes with several: {its name: content}."""
-    if weights is None:
-        weights = model.named_parameters()
-    # names, shapes and dtypes alone: the weights themselves may be on other ranks
-    parameters = {name: torch.empty(parameter.shape, dtype=dtype or parameter.dtype, device="meta")
-                  for name, parameter in model.named_parameters()}
-    shards = plan_shards(parameters, shard_bytes)
-    # one stream through all files, each of which takes as many as it holds
-    stream = (tensor.to(dtype or tensor.dtype) for _, tensor in weights)
-    for name, tensors in shards.items():
-        write_safetensors(folder / name, tensors, itertools.islice(stream, len(tensors)))
-    if len(shards) == 1:
-        return {}
+def parameters_of(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Return the names of the parameters with the shapes and dtypes that they are written in."""
+    # without values, which may be on other ranks
+    return {name: torch.empty(parameter.shape, dtype=dtype or parameter.dtype, device="meta")
+            for name, parameter in model.named_parameters()}
+
+
+def index_of(shards: Mapping[str, Mapping[str, Tensor]]) -> dict:
+    """Return the content of the index that goes with several files."""
     places = {tensor: name for name, tensors in shards.items() for tensor in tensors}
-    total = sum(parameter.numel() * parameter.dtype.itemsize for parameter in parameters.values())
-    index = {"metadata": {"total_size": total}, "weight_map": places}
-    return {"model.safetensors.index.json": index}
+    total = sum(tensor.numel() * tensor.dtype.itemsize
+                for tensors in shards.values() for tensor in tensors.values())
+    return {"metadata": {"total_size": total}, "weight_map": places}
 
 
 def replace_folder(new: Path, path: Path) -> None:

@@ -7,11 +7,12 @@ import mmap
 import os
 import pickle
 import re
+import shlex
 import struct
 import zlib
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple
+from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Sequence
 
 import torch
 from torch import Tensor
@@ -69,8 +70,12 @@ class Weights(Mapping[str, Tensor]):
 # ---------------------------------------------------------------------------------------------
 # safetensors: an 8-byte little-endian length, a JSON object of that length, the tensors' bytes
 
-NO_SUM = "0" * 8  # where the checksum of the file will stand
-PIECE = 1 << 20   # bytes that are summed at a time
+NO_SUM = b"0" * 8  # where the checksum of the file will stand
+PIECE = 1 << 20    # bytes that are summed at a time
+# The beginning of a file that was written here, which holds all checksums: "crc32" is that of the
+# file itself, without any, "crc32 NAME" that of a file beside it.
+BEGINNING = 4096
+STORED = re.compile(rb'"crc32(?: ([^" ]+))?": "([0-9a-f]{8})"')
 
 
 class Entry(NamedTuple):
@@ -167,17 +172,20 @@ def check_filled(file: Path, entries: Mapping[str, Entry], size: int) -> None:
 
 
 def write_safetensors(file: Path, tensors: Mapping[str, Tensor],
-                      stream: Iterable[Tensor] | None = None) -> str:
+                      stream: Iterable[Tensor] | None = None, beside: Sequence[Path] = ()) -> str:
     """Write a .safetensors file, wide types first so that every tensor stays aligned.
 
     Returns its checksum, which stands in its header as well.
 
     stream: in place of the values of `tensors`, which then only tell names, shapes and (alike)
         dtypes; taken one at a time, so that no more than one has to be in memory.
+    beside: files in the same folder, whose checksums this one is to carry as well.
     """
     names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
     widest_first = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
-    header: dict[str, dict] = {"__metadata__": {"format": "pt", "crc32": NO_SUM}}
+    header: dict[str, dict] = {"__metadata__": {
+        "format": "pt", "crc32": NO_SUM.decode(),
+        **{f"crc32 {other.name}": sum_of(other) for other in beside}}}
     offset = 0
     for name in widest_first:
         tensor = tensors[name]
@@ -192,7 +200,7 @@ def write_safetensors(file: Path, tensors: Mapping[str, Tensor],
     if stream is None:
         stream = (tensors[name] for name in widest_first)
     beginning = struct.pack("<Q", len(text)) + text
-    checksum = zlib.crc32(beginning)
+    checksum = zlib.crc32(without_sums(beginning))
     with naming(file, len(beginning) + offset), open(file, "wb") as handle:
         handle.write(beginning)
         for tensor in stream:
@@ -203,7 +211,7 @@ def write_safetensors(file: Path, tensors: Mapping[str, Tensor],
                 checksum = zlib.crc32(piece, checksum)
                 handle.write(piece)
         # known only now; until here the file says of itself that it is damaged
-        handle.seek(beginning.index(NO_SUM.encode()))
+        handle.seek(beginning.index(NO_SUM))
         handle.write(f"{checksum:08x}".encode())
         to_disk(handle)
     return f"{checksum:08x}"
@@ -211,31 +219,83 @@ def write_safetensors(file: Path, tensors: Mapping[str, Tensor],
 
 def stored_sum(file: Path) -> str:
     """Return the checksum in the header of a .safetensors file; "": it has none, ours have."""
+    return stored_sums(file).get("", "")
+
+
+def stored_sums(file: Path) -> dict[str, str]:
+    """Return the checksums in the header of a .safetensors file, by file name; "" is its own."""
     with open(file, "rb") as handle:
-        found = re.search(rb'"crc32": "([0-9a-f]{8})"', handle.read(200))
-    return found[1].decode() if found else ""
+        found = STORED.findall(handle.read(BEGINNING))
+    return {name.decode(): checksum.decode() for name, checksum in found}
+
+
+def sum_of(file: Path) -> str:
+    return f"{zlib.crc32(file.read_bytes()):08x}"
+
+
+def without_sums(beginning: bytes) -> bytes:
+    """Return the beginning of a file as it was before there were checksums to be put into it."""
+    pieces = bytearray(beginning)
+    for found in STORED.finditer(beginning[:BEGINNING]):
+        pieces[found.start(2):found.end(2)] = NO_SUM
+    return bytes(pieces)
 
 
 def check_sum(file: Path) -> None:
     """Raise ValueError naming a .safetensors file whose bytes are not those that were written."""
     status = os.stat(file)
     stored = stored_sum(file)
-    if stored and stored != actual_sum(file, stored, status.st_size, status.st_mtime_ns):
+    if stored and stored != actual_sum(file, status.st_size, status.st_mtime_ns):
         raise ValueError(f"{file}: damaged: its bytes are not those that were written; take it "
                          "from a copy, or make it anew")
 
 
 @lru_cache
-def actual_sum(file: Path, stored: str, size: int, changed: int) -> str:
+def actual_sum(file: Path, size: int, changed: int) -> str:
     """Read a .safetensors file for the checksum of its bytes; an unchanged file is read once."""
     piece = bytearray(PIECE)
     with open(file, "rb", buffering=0) as handle:
-        # the checksum was made before it was put into the header
-        beginning = handle.read(200)
-        total = zlib.crc32(beginning.replace(stored.encode(), NO_SUM.encode(), 1))
+        total = zlib.crc32(without_sums(handle.read(BEGINNING)))
         while count := handle.readinto(piece):
             total = zlib.crc32(memoryview(piece)[:count], total)
     return f"{total:08x}"
+
+
+def first_of(folder: Path) -> Path | None:
+    """Return the .safetensors file of a model folder that carries the others' checksums, if any."""
+    return min(folder.glob("model*.safetensors"), default=None)
+
+
+def changed_beside(folder: Path) -> dict[str, str]:
+    """Return the files beside the weights that are not as they were written with them.
+
+    Name -> checksum of today. A file that is gone is none of them: its readers know what they need.
+    """
+    carrier = first_of(folder)
+    stored = stored_sums(carrier) if carrier else {}
+    present = {name: sum_of(folder / name) for name in stored if (folder / name).is_file()}
+    return {name: now for name, now in present.items() if now != stored[name]}
+
+
+def check_beside(folder: Path) -> None:
+    """Raise ValueError naming a file beside the weights that is not as it was written with them."""
+    for name in changed_beside(folder):
+        raise ValueError(f"{folder / name}: damaged or edited: its bytes are not those that were "
+                         "written; take it from a copy, or, if the change is meant, accept it "
+                         f"with: python -m weights {shlex.quote(str(folder))}")
+
+
+def accept_changed(folder: Path) -> list[str]:
+    """Have the weights carry the checksums of the files beside them as they are; name those."""
+    changed = changed_beside(folder)
+    if changed:
+        with open(first_of(folder), "r+b") as handle:
+            for found in STORED.finditer(handle.read(BEGINNING)):
+                name = (found[1] or b"").decode()
+                handle.seek(found.start(2))
+                handle.write(changed.get(name, found[2].decode()).encode())
+            to_disk(handle)
+    return list(changed)
 
 
 # ---------------------------------------------------------------------------------------------

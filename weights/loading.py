@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from model import Transformer
-from weights.files import Weights, check_sum
+from weights.files import Weights, check_beside, check_sum
 from weights.layouts import read_config, read_weights
 
 
@@ -63,6 +63,7 @@ def load_pretrained(path: str | Path, device: str | torch.device = "cpu",
 
     kind: Transformer, or ScalarModel, which reads a sequence classifier with one label.
     """
+    check_beside(Path(path))
     config = read_config(path)
     weights = read_weights(path)
     # first the shape alone: what does not fit is refused before any memory is taken
