@@ -25,8 +25,9 @@ def finite(x: Tensor) -> Tensor:
     """Return what a model said; ValueError if it is no number."""
     # a token drawn from NaN would be an answer like any other, and a score of NaN might win
     if not x.isfinite().all():
-        raise ValueError("the model answers NaN: its weights are damaged or have diverged, or it "
-                         "overflows: try --dtype=float32")
+        raise ValueError("the model answers NaN: its weights are damaged or have diverged, or "
+                         "bfloat16 overflows: try float32, by --dtype (train.py, eval.py run) or "
+                         "without a GPU (CUDA_VISIBLE_DEVICES= eval.py ...)")
     return x
 
 

@@ -86,16 +86,17 @@ def load(
     return Speaker(path, model, tokenizer, DataConfig(template, context - length, length), settings)
 
 
-# What is used here of the settings of a run, and may be missing where another version wrote them.
+# What is used here of the settings of a run, and may be missing where another version wrote them;
+# each with the least that it can be.
 USED = {
-    "model.path": str,
-    "data.template": str,
-    "data.max_response_tokens": int,
-    "ppo.generation_batch": int,
-    "ppo.microbatch_size": int,
-    "eval.in_domain": int,
-    "eval.general": int,
-    "seed": int,
+    "model.path": "",
+    "data.template": "",
+    "data.max_response_tokens": 1,
+    "ppo.generation_batch": 1,
+    "ppo.microbatch_size": 1,
+    "eval.in_domain": 1,
+    "eval.general": 0,
+    "seed": 0,
 }
 
 
@@ -104,10 +105,12 @@ def settings_of(file: Path) -> dict[str, Any]:
     settings = read_json(file).get("config", {})
     if not isinstance(settings, dict):
         raise ValueError(f"{file}: config is {str(settings)[:80]}, expected an object")
-    for flag, kind in USED.items():
-        value = settings.get(flag, kind())
-        if type(value) is not kind or kind is int and value < 0:
-            raise ValueError(f"{file}: {flag} is {str(value)[:80]}, expected {kind.__name__}")
+    for flag, least in USED.items():
+        value = settings.get(flag, least)
+        # type, not isinstance: true is no number
+        if type(value) is not type(least) or value < least:
+            expected = "a text" if least == "" else f"a whole number from {least}"
+            raise ValueError(f"{file}: {flag} is {str(value)[:80]}, expected {expected}")
     return settings
 
 
@@ -186,7 +189,7 @@ def answers(
     The noise of an answer depends on (seed, its place among all answers) alone, not on the batch.
     """
     # n answers to a prompt are n rows, so a batch holds that many prompts fewer.
-    size = max(1, (speaker.settings.get("ppo.generation_batch") or 32) // n)
+    size = max(1, speaker.settings.get("ppo.generation_batch", 32) // n)
     for start in range(0, len(prompts), size):
         part = [prompt for prompt in prompts[start : start + size] for _ in range(n)]
         try:

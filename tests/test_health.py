@@ -204,6 +204,7 @@ def test_a_model_that_yields_nan_neither_speaks_nor_judges(finished, damaged, tm
         assert error.code == 2
     said = capsys.readouterr()
     assert "answers NaN" in said.err and "wins" not in said.out
+    assert "--dtype (train.py, eval.py run)" in said.err, "other commands have no such flag"
     assert args[0] not in ("generate", "compare") or "/reward" in args[-1] or "run/sft: " in said.err
 
 

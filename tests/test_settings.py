@@ -104,7 +104,7 @@ def test_a_config_file_holds_values_of_the_right_types(tmp_path, flag, value):
 @pytest.mark.parametrize("config", [
     5, [], {"data.template": 3}, {"data.template": ["a"]}, {"data.max_response_tokens": "8"},
     {"data.max_response_tokens": True}, {"ppo.generation_batch": -1}, {"eval.in_domain": 2.0},
-    {"seed": "x"}, {"model.path": 1}, {"ppo.microbatch_size": None}])
+    {"seed": "x"}, {"model.path": 1}, {"ppo.microbatch_size": None}, {"ppo.microbatch_size": 0}, {"ppo.generation_batch": 0}])
 def test_a_model_speaks_by_settings_of_the_right_types(finished, tmp_path, capsys, config):
     """eval.py reads the config.json around a model folder, which people may have edited."""
     shutil.copytree(finished[0] / "sft", tmp_path / "sft")
