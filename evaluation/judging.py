@@ -42,8 +42,14 @@ def scores(judge: Speaker, rows: list[list[int]]) -> list[float]:
     config = read_json(judge.path / "config.json")
     mean = config.get("score_mean", 0.0)
     std = config.get("score_std", 1.0)
+    return [(score - mean) / std for score in raw_scores(judge, rows)]
+
+
+def raw_scores(judge: Speaker, rows: list[list[int]]) -> list[float]:
+    """Return what a reward model says of rows of ids, in micro-batches of its run's size."""
     size = judge.settings.get("ppo.microbatch_size") or 4
-    return [(score - mean) / std for score in reward.model_scores(judge.model, rows, size)]
+    tokens = judge.settings.get("ppo.microbatch_tokens", 0)
+    return reward.model_scores(judge.model, rows, size, tokens)
 
 
 def judged(judge: Speaker, prompts: Sequence[Prompt], given: Sequence[Answer]) -> list[float]:
@@ -121,8 +127,7 @@ def judge_rankings(
         group = {tuple(ids): rank for ids, rank in zip(example.responses, example.ranks)}
         groups.append(list(group.values()))
         rows += [example.prompt + list(response) for response in group]
-    size = judge.settings.get("ppo.microbatch_size") or 4
-    raw = iter(reward.model_scores(judge.model, rows, size))
+    raw = iter(raw_scores(judge, rows))
 
     # The scores come back in the order in which the rows were laid out.
     margins = []

@@ -93,6 +93,7 @@ USED = {
     "data.max_response_tokens": int,
     "ppo.generation_batch": int,
     "ppo.microbatch_size": int,
+    "ppo.microbatch_tokens": int,
     "eval.in_domain": int,
     "eval.general": int,
     "seed": int,
