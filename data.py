@@ -13,13 +13,15 @@ Three rules hold for every stage:
 from __future__ import annotations
 
 import bisect
+import heapq
+import itertools
 import math
 import random
 from array import array
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Iterable, NamedTuple, Sequence
+from typing import Any, Callable, Iterable, NamedTuple, Sequence
 
 import torch
 from torch import Tensor
@@ -164,6 +166,8 @@ class TokenizedDialogue(NamedTuple):
     def length(self) -> int:
         return len(self.tokens)
 
+    n_tokens = length                   # of all rows that it is in a batch
+
 
 class TokenizedDialogues(Sequence[TokenizedDialogue]):
     """Dialogues in one array of 2 or 4 bytes a token: lists of Python's numbers take 16."""
@@ -199,6 +203,11 @@ class TokenizedRanking(NamedTuple):
     def length(self) -> int:
         """Tokens of the longest response with its prompt."""
         return len(self.prompt) + max(map(len, self.responses))
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of all responses, each with the prompt."""
+        return sum(len(self.prompt) + len(response) for response in self.responses)
 
     @property
     def best(self) -> TokenizedDialogue:
@@ -385,3 +394,45 @@ def batch_indices(n: int, batch_size: int, step: int, seed: int) -> list[int]:
     # of the next, and a resumed run needs to remember nothing but its step.
     places = range(step * batch_size, (step + 1) * batch_size)
     return [epoch_order(n, seed, place // n)[place % n] for place in places]
+
+
+# A rank's micro-batches of rows of these lengths, of at most so many rows and tokens: see `cut`.
+Share = Callable[[Sequence[int], int, int], list[Tensor]]
+
+
+def cut(lengths: Sequence[int], size: int, tokens: int, ranks: int = 1,
+        least: int = 0) -> list[Tensor]:
+    """Cut rows into micro-batches of at most `size` rows and `tokens` tokens (0: any number).
+
+    lengths: tokens of every row; a row longer than `tokens` stands alone.
+    ranks: whose micro-batches these are, in turn: all have equally many, of nearly equal work.
+    least: so many for each rank at least.
+    Returns: the rows' places, int64. None is empty, unless the ranks cannot share the rows evenly.
+    """
+    if not tokens:
+        # Every rank-th row: of rows sorted by length each rank gets short ones and long ones.
+        rows = torch.arange(len(lengths))
+        return [rows[start + rank:start + ranks * size:ranks]
+                for start in range(0, len(lengths), ranks * size) for rank in range(ranks)]
+    # As few for each as may do, then more, until all limits hold: they do once every row is alone.
+    total = sum(min(length, tokens) for length in lengths)
+    fewest = max(least, -(-len(lengths) // (ranks * size)), -(-total // (ranks * tokens)))
+    for each in itertools.count(fewest):
+        parts = deal(lengths, ranks * each, size)
+        held = [sum(lengths[row] for row in part) for part in parts]
+        if all(n <= tokens or len(part) == 1 for n, part in zip(held, parts)):
+            # Largest first: those of a turn are almost equal, so no rank waits for another.
+            order = sorted(range(len(parts)), key=held.__getitem__, reverse=True)
+            return [torch.tensor(parts[i], dtype=torch.int64) for i in order]
+
+
+def deal(lengths: Sequence[int], count: int, size: int) -> list[list[int]]:
+    """Deal rows to parts, long ones first, each to the one with the fewest tokens and room left."""
+    parts: list[list[int]] = [[] for _ in range(count)]
+    waiting = [(0, i) for i in range(count)]  # a heap: tokens so far of the parts with room
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        held, i = heapq.heappop(waiting)
+        parts[i].append(row)
+        if len(parts[i]) < size:
+            heapq.heappush(waiting, (held + lengths[row], i))
+    return parts

@@ -29,6 +29,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from data import cut
 from formats import harmless
 from model import Block, ModelConfig
 from weights.initial import random_weights
@@ -74,13 +75,19 @@ class Machine:
         """Ranks that hold one model together; the first so many of all ranks are one such group."""
         return self.world // self.config.replicas
 
-    def microbatches(self, rows: Tensor, size: int) -> list[Tensor]:
-        """Cut a global batch into this rank's micro-batches.
+    def microbatches(self, lengths: Sequence[int], size: int, tokens: int = 0) -> list[Tensor]:
+        """Cut a global batch, which all ranks know, into this rank's micro-batches (`data.cut`)."""
+        return cut(lengths, size, tokens, self.world)[self.rank::self.world]
 
-        rows: (n,) int64, the same on all ranks.   Returns: int64 tensors of at most `size` rows.
-        """
-        # Every world-th row: of rows sorted by length each rank gets short ones and long ones.
-        return list(rows[self.rank::self.world].split(size))
+    def own_microbatches(self, lengths: Sequence[int], size: int, tokens: int = 0) -> list[Tensor]:
+        """Cut this rank's own rows, as many as every rank has, into micro-batches (`data.cut`)."""
+        # Sharded forwards are collectives: all ranks take as many steps as one of them needs.
+        steps, needed = 0, 1
+        while needed > steps:
+            steps = needed
+            parts = cut(lengths, size, tokens, least=min(steps, len(lengths)))
+            needed = int(all_max(torch.tensor(len(parts))))
+        return parts
 
     def part(self, items: Sequence) -> Sequence:
         """Return this rank's contiguous part of a sequence; in rank order they are the whole."""

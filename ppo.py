@@ -30,6 +30,7 @@ from typing import Callable, Collection, Iterator, NamedTuple, Sequence
 import torch
 from torch import Tensor, nn
 
+from data import Share, cut
 from model import derive, token_logprobs_and_entropy, token_values
 # steps 1 and 2, under this module's name too: ppo.collect, ppo.Models ...
 from rollout import (Models, Rollout, SamplingConfig, Score, collect, masked_mean, masked_variance,
@@ -414,23 +415,24 @@ def critic_loss(critic: nn.Module, batch: Rollout, config: PPOConfig) -> tuple[T
 
 
 def learn(rollout: Rollout, config: PPOConfig, updates: Sequence[Update], seed: int,
-          share: Callable[[Tensor, int], list[Tensor]] = lambda rows, size: list(rows.split(size))
-          ) -> list[dict[str, float]]:
+          share: Share = cut) -> list[dict[str, float]]:
     """Update what is trained on the rollout, epochs x minibatches (step 6).
 
     updates: one per trained model, in order; each takes one optimizer step.
-    share: cuts a minibatch's rows, (minibatch_size,) int64, into this rank's micro-batches.
+    share: cuts a minibatch, of which all ranks know all lengths, into this rank's micro-batches.
     Returns: the statistics of every optimizer step; the first has ratio 1 by construction.
     """
     steps: list[dict[str, float]] = []
+    lengths = rollout.attention_mask.sum(1).cpu()  # (B,)
     for epoch in range(config.epochs):
         generator = torch.Generator().manual_seed(derive(seed, "epoch", epoch))
         # a fresh order every epoch, the same on every rank
         order = torch.randperm(config.batch_size, generator=generator)
         for minibatch in order.split(config.minibatch_size):
             # (minibatch_size,) -> this rank's micro-batches, each (microbatch_size,) or less
-            parts = share(minibatch, config.microbatch_size)
-            batches = [rollout.rows(rows.to(rollout.tokens.device)) for rows in parts]
+            parts = share(lengths[minibatch].tolist(), config.microbatch_size,
+                          config.microbatch_tokens)
+            batches = [rollout.rows(minibatch[part].to(rollout.tokens.device)) for part in parts]
             stats: dict[str, float] = {}
             for update in updates:
                 stats.update(update(batches, len(steps)))

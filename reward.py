@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import pad
+from data import Share, cut, pad
 from formats import Prompt
 from model import Transformer, finite, generate, last_scores
 
@@ -52,6 +52,7 @@ class RewardConfig:
     epochs: float = 2.0                 # passes over the rankings
     batch_size: int = 64                # prompts per optimizer step, all ranks together
     microbatch_size: int = 32           # prompts per forward, per rank
+    microbatch_tokens: int = 0          # real tokens per forward, at most; 0: rows count alone
     lr: float = 1.5e-3                  # peak learning rate; 0: nothing is learnt
     lr_end: float = 0.1                 # last learning rate, as a share of the peak (linear decay)
     warmup: float = 0.05                # share of the steps over which the learning rate rises
@@ -164,15 +165,16 @@ def sample(model: Transformer, prompts: Sequence[list[int]], rows: Sequence[int]
 # and kl_coef means the same for both.
 
 @torch.no_grad()
-def model_scores(model: nn.Module, rows: Sequence[list[int]], microbatch_size: int) -> list[float]:
+def model_scores(model: nn.Module, rows: Sequence[list[int]], microbatch_size: int,
+                 microbatch_tokens: int = 0, share: Share = cut) -> list[float]:
     """Return a reward model's raw score of every row of ids, prompt and response."""
-    scores: list[float] = []
-    for start in range(0, len(rows), microbatch_size):
-        tokens, attention_mask = pad(rows[start:start + microbatch_size])
+    scores = torch.zeros(len(rows))
+    for part in share([len(row) for row in rows], microbatch_size, microbatch_tokens):
+        tokens, attention_mask = pad([rows[i] for i in part])
         device = model.score.weight.device
         said = last_scores(model, tokens.to(device), attention_mask.to(device))
-        scores += finite(said).tolist()
-    return scores
+        scores[part] = finite(said).cpu()
+    return scores.tolist()
 
 
 class Scale(NamedTuple):
@@ -219,12 +221,13 @@ class RunningMoments:
         return (scores - self.mean) / max(variance ** 0.5, 1e-6)
 
 
-def model_reward(model: nn.Module, scale: Scale, microbatch_size: int
-                 ) -> Callable[[Sequence[Prompt], Sequence[list[int]]], Tensor]:
+def model_reward(model: nn.Module, scale: Scale, microbatch_size: int, microbatch_tokens: int = 0,
+                 share: Share = cut) -> Callable[[Sequence[Prompt], Sequence[list[int]]], Tensor]:
     """Make a rollout.Score of a reward model: (prompts, response ids) -> (B,) float32."""
     def score(prompts: Sequence[Prompt], responses: Sequence[list[int]]) -> Tensor:
         rows = [[*prompt.ids, *ids] for prompt, ids in zip(prompts, responses, strict=True)]
-        return (torch.tensor(model_scores(model, rows, microbatch_size)) - scale.mean) / scale.std
+        scores = model_scores(model, rows, microbatch_size, microbatch_tokens, share)
+        return (torch.tensor(scores) - scale.mean) / scale.std
     return score
 
 

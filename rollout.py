@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import pad
+from data import Share, cut, pad
 from formats import Prompt
 from model import Generation, generate, token_logprobs, token_values
 
@@ -42,6 +42,7 @@ Score = Callable[[Sequence[Prompt], Sequence[list[int]]], Tensor]
 class SamplingConfig:
     responses_per_prompt: int = 1       # episodes of one prompt: a group; they count in batch_size
     microbatch_size: int = 64           # episodes per forward, per rank
+    microbatch_tokens: int = 0          # real tokens per forward, at most; 0: rows count alone
     generation_batch: int = 1024        # episodes generated at once, per rank
     temperature: float = 1.0            # of sampling and of every log-probability here
     top_k: int = 0                      # 0: off; a filter parts sampled and scored distributions
@@ -124,13 +125,15 @@ def merge(parts: Sequence[Rollout]) -> Rollout:
 def collect(models: Models, prompts: Sequence[Prompt], rows: Sequence[int], config: SamplingConfig,
             score: Score, max_new_tokens: int, eos_ids: Sequence[int], seed: int,
             gathered: Callable[[nn.Module], AbstractContextManager] = nullcontext,
-            gather: Callable[[Rollout], list[Rollout]] = lambda rollout: [rollout]) -> Rollout:
+            gather: Callable[[Rollout], list[Rollout]] = lambda rollout: [rollout],
+            share: Share = cut) -> Rollout:
     """Sample a response to every prompt and read off what the models say of it (steps 1 and 2).
 
     prompts: this rank's share; with groups each prompt stands there responses_per_prompt times.
     rows: global index of each episode within the run; it seeds the episode's noise.
     gathered: makes a sharded actor whole while it samples.
     gather: hands over the rollouts of all ranks.
+    share: cuts this rank's episodes into micro-batches, as many as every other rank's.
     Returns: the rollout of all ranks, without rewards.
     """
     # 1: sampling. Once gathered the actor is whole on every rank: generating with sharded weights
@@ -147,16 +150,19 @@ def collect(models: Models, prompts: Sequence[Prompt], rows: Sequence[int], conf
     # 2: reading what the actor said with the forward that will train it, so that the first ratio
     # is 1 to the last bit; the reference for the KL; the critic for what was to be expected. All
     # ranks have equally many micro-batches, so sharded forwards keep step.
+    lengths = grid["attention_mask"].sum(1).tolist()
+    parts = share(lengths, config.microbatch_size, config.microbatch_tokens)
     read: dict[str, list[Tensor]] = {"logprobs": [], "ref_logprobs": []}
     if models.critic:
         read["values"] = []
-    for part in torch.arange(len(ids)).split(config.microbatch_size):
+    for part in parts:
         episode = grid["tokens"][part], grid["attention_mask"][part], grid["response_mask"][part]
         read["logprobs"].append(token_logprobs(models.actor, *episode, config.temperature))
         read["ref_logprobs"].append(token_logprobs(models.ref, *episode, config.temperature))
         if models.critic:
             read["values"].append(token_values(models.critic, *episode))
-    columns = {name: torch.cat(parts) for name, parts in read.items()}
+    back = torch.cat(parts).argsort()  # from the micro-batches' order to the prompts'
+    columns = {name: torch.cat(said)[back] for name, said in read.items()}
     # a score sees texts as they are: no padding, and no EOS that was not sampled
     scores = score(prompts, generation.tokens).to(device)
     return merge(gather(Rollout(**grid, **columns, scores=scores, cut_off=cut_off.to(device))))

@@ -130,6 +130,14 @@ def update(model: nn.Module, optimizer: torch.optim.Optimizer, terms: Sequence[T
     return {**result, norm_name: norm.item()}
 
 
+def microbatches(machine: Machine, examples: Sequence[Any], make_batch: Callable,
+                 config: sft.SFTConfig | reward.RewardConfig | ppo.PPOConfig) -> list[Any]:
+    """Return this rank's micro-batches of the examples of a step, which every rank knows."""
+    parts = machine.microbatches([example.n_tokens for example in examples],
+                                 config.microbatch_size, config.microbatch_tokens)
+    return [make_batch([examples[i] for i in part], machine.device) for part in parts]
+
+
 def summary(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Average the statistics of several optimizer steps; of a Largest take the largest."""
     result = {}
@@ -160,9 +168,9 @@ def train_on(run: Run, name: str, model: nn.Module, examples: Sequence[Any],
         # every rank knows the whole batch and takes its rows of it, cut into micro-batches;
         # the batch is a function of (seed, step), so a resumed run sees what it would have seen
         rows = data.batch_indices(len(examples), config.batch_size, step, run.config.seed)
-        rows.sort(key=lambda i: examples[i].length)  # rows of like length: little padding
-        parts = machine.microbatches(torch.tensor(rows), config.microbatch_size)
-        batches = [make_batch([examples[i] for i in part], machine.device) for part in parts]
+        # rows of like length in a micro-batch: little padding
+        chosen = sorted((examples[i] for i in rows), key=lambda example: example.length)
+        batches = microbatches(machine, chosen, make_batch, config)
 
         lr = lr_at(step, steps, config.lr, config.lr_end, config.warmup)
         stats = update(model, optimizer, [Term(loss, batches)], lr, config.max_grad_norm, machine)
@@ -343,7 +351,7 @@ def roll_out(run: Run, models: ppo.Models, score: ppo.Score, episodes: Sequence[
             models, [episodes[i] for i in mine], rows, config, score,
             run.config.data.max_response_tokens, run.end_ids,
             derive(run.config.seed, "rollout"), parallel.gathered,
-            partial(gather_rollouts, machine))
+            partial(gather_rollouts, machine), machine.own_microbatches)
     for model in (models.actor, models.critic):
         if model:  # a forward without backward leaves the root of a trained model gathered
             parallel.reshard(model)
@@ -391,10 +399,8 @@ def update_actor(run: Run, learner: Learner, lr: float, kl_coef: float,
         # as many demonstrations as there are episodes, the next ones in their order
         rows = data.batch_indices(len(demonstrations), config.minibatch_size, first + step,
                                   run.config.seed)
-        parts = run.machine.microbatches(torch.tensor(rows), config.microbatch_size)
-        terms.append(Term(ptx_loss, [sft_batch([demonstrations[i] for i in part],
-                                               run.machine.device) for part in parts],
-                          config.ptx_coef))
+        batches = microbatches(run.machine, [demonstrations[i] for i in rows], sft_batch, config)
+        terms.append(Term(ptx_loss, batches, config.ptx_coef))
     stats = update(*learner, terms, lr, config.max_grad_norm, run.machine, "actor_grad_norm")
     return {**stats, "lr": lr}
 

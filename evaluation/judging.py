@@ -46,10 +46,11 @@ def scores(judge: Speaker, rows: list[list[int]]) -> list[float]:
 
 
 def raw_scores(judge: Speaker, rows: list[list[int]]) -> list[float]:
-    """Return a reward model's scores as it says them."""
-    # As many at once as in its run; a model without one may be large, and reads few.
+    """Return what a reward model says of rows of ids, in micro-batches of its run's size."""
+    # a model without a run may be large: it reads few at once
     size = judge.settings.get("ppo.microbatch_size", 4)
-    return reward.model_scores(judge.model, rows, size)
+    tokens = judge.settings.get("ppo.microbatch_tokens", 0)
+    return reward.model_scores(judge.model, rows, size, tokens)
 
 
 def judged(judge: Speaker, prompts: Sequence[Prompt], given: Sequence[Answer]) -> list[float]:

@@ -94,6 +94,7 @@ USED = {
     "data.max_response_tokens": 1,
     "ppo.generation_batch": 1,
     "ppo.microbatch_size": 1,
+    "ppo.microbatch_tokens": 0,
     "eval.in_domain": 1,
     "eval.general": 0,
     "seed": 0,

@@ -22,7 +22,7 @@ PER_CALL = ("out", "stages", "resume", "resume_with_changes", "plan", "ranks", "
 # What changes no result but for its rounding: how much is computed at once and where, how often is
 # saved, how much is shown. Flags, sections, or a name for its flags in all sections.
 HARMLESS = {"checkpoint_every", "checkpoint_minutes", "checkpoint_keep", "parallel",
-            "microbatch_size", "generation_batch", "eval.show"}
+            "microbatch_size", "microbatch_tokens", "generation_batch", "eval.show"}
 
 # What results are made with: all of them, and those that are not made with the section of their
 # name alone.

@@ -131,7 +131,14 @@ def reward_model(run: Run) -> Reward:
     if config.ppo.score_scale == "none":
         scale = Scale()
     model = load_model(run, path, ScalarModel, frozen=True)
-    return Reward(reward.model_reward(model, scale, config.ppo.microbatch_size), model)
+    return Reward(scored_by(run, model, scale), model)
+
+
+def scored_by(run: Run, model: nn.Module, scale: Scale) -> ppo.Score:
+    """Return a reward model as what pays, in micro-batches of PPO's size."""
+    config = run.config.ppo
+    return reward.model_reward(model, scale, config.microbatch_size, config.microbatch_tokens,
+                               run.machine.own_microbatches)
 
 
 def score_all(run: Run, model: nn.Module | None, score: ppo.Score, prompts: Sequence[Prompt],
@@ -146,12 +153,14 @@ def score_all(run: Run, model: nn.Module | None, score: ppo.Score, prompts: Sequ
 @torch.no_grad()
 def pair_accuracy(run: Run, model: nn.Module, rankings: Sequence[data.TokenizedRanking]) -> float:
     """Return the share of pairs that the model orders as the annotator, over all ranks' parts."""
-    machine, size = run.machine, run.config.reward.microbatch_size
+    machine, config = run.machine, run.config.reward
     mine = machine.part(list(rankings))
+    parts = data.cut([ranking.n_tokens for ranking in mine], config.microbatch_size,
+                     config.microbatch_tokens)
     totals = torch.zeros(2, device=machine.device)  # right, pairs
     with parallel.gathered(model), machine.autocast():
-        for start in range(0, len(mine), size):
-            batch = reward_batch(mine[start:start + size], machine.device)
+        for part in parts:
+            batch = reward_batch([mine[i] for i in part], machine.device)
             scores = reward.group_scores(model, batch)
             totals += torch.stack(reward.pair_accuracy(scores, batch.ranks))
     right, pairs = parallel.all_sum(totals).tolist()
@@ -171,7 +180,7 @@ def calibration(run: Run, source: Source, model: nn.Module, ranked: Sequence[Ran
         prompts = [Prompt((), "a ranking", ids=prompt_ids) for prompt_ids in ids]
     responses = answer(run, load_model(run, policy_path(run), frozen=True), prompts,
                        run.config.ppo.temperature, "calibration")
-    score = reward.model_reward(model, Scale(), run.config.ppo.microbatch_size)
+    score = scored_by(run, model, Scale())
     return reward.calibrate(score_all(run, model, score, prompts, responses))
 
 

@@ -252,14 +252,21 @@ def has_reward_model(config: Config) -> bool:
 # ---------------------------------------------------------------------------------------------
 # The stages
 
-def rollout_of(batch: int, time: int) -> ppo.Rollout:
+class Grid(NamedTuple):
+    """A micro-batch of full rows: how many, how long, and how many of their tokens are scored."""
+    batch: int
+    time: int
+    responses: int
+
+
+def rollout_of(size: Grid) -> ppo.Rollout:
     """Return (batch, time) full-length episodes; attention_mask None: every token is real."""
-    grid = torch.zeros(batch, time)
-    mask = torch.zeros(batch, time, dtype=torch.bool)
+    grid = torch.zeros(size.batch, size.time)
+    mask = torch.zeros(size.batch, size.time, dtype=torch.bool)
     return ppo.Rollout(
         tokens=mask.long(), attention_mask=None, response_mask=mask,
         logprobs=grid, ref_logprobs=grid, sampler_logprobs=grid, values=grid,
-        scores=torch.zeros(batch), cut_off=mask[:, 0],
+        scores=grid[:, 0], cut_off=mask[:, 0],
         rewards=grid, advantages=grid, returns=grid, weights=grid)
 
 
@@ -302,28 +309,42 @@ class Planner:
         return Parts(parameters=held, gradients=held, optimizer=2 * held,
                      activations=usage.others, logits=usage.logits)
 
+    def largest(self, section: sft.SFTConfig | reward.RewardConfig | ppo.PPOConfig,
+                group: int = 1) -> Grid:
+        """Return the largest micro-batch that a section allows. group: rows that stay together."""
+        batch, tokens = section.microbatch_size, section.microbatch_tokens
+        time, responses = self.time, batch * group * self.response
+        if tokens:
+            # One more than fit at full length: a little shorter, they are that many tokens.
+            batch = min(batch, -(-tokens // (group * time)))
+            if batch > 1:  # one alone may be longer
+                time = min(time, tokens // (group * batch))
+            # Where prompts are short, nearly all may be responses.
+            responses = min(responses, max(tokens, group * self.response), batch * group * time)
+        return Grid(batch, time, responses)
+
     def sft(self) -> Parts:
-        batch = self.config.sft.microbatch_size
+        grid = self.largest(self.config.sft)
 
         def loss(model: nn.Module) -> Tensor:
-            mask = torch.zeros(batch, self.time, dtype=torch.bool)
+            mask = torch.zeros(grid.batch, grid.time, dtype=torch.bool)
             loss_sum, _ = sft.loss(model, sft.Batch(mask.long(), None, mask))
             return loss_sum
 
-        return self.train(Transformer, self.shape, batch * self.response, loss)
+        return self.train(Transformer, self.shape, grid.responses, loss)
 
     def reward(self) -> Parts:
-        batch = self.config.reward.microbatch_size
         group = len(self.config.reward.temperatures)
+        grid = self.largest(self.config.reward, group)
 
         def loss(model: nn.Module) -> Tensor:
             # (batch prompts x group responses, time): all responses of a prompt in one forward
-            mask = torch.zeros(batch * group, self.time, dtype=torch.bool)
-            ranks = torch.zeros(batch, group)
+            mask = torch.zeros(grid.batch * group, grid.time, dtype=torch.bool)
+            ranks = torch.zeros(grid.batch, group)
             loss_sum, _ = reward.loss(model, reward.Batch(mask.long(), None, ranks))
             return loss_sum
 
-        return self.train(ScalarModel, self.judge, batch * group * self.time, loss)
+        return self.train(ScalarModel, self.judge, grid.batch * group * grid.time, loss)
 
     def ppo_base(self) -> Parts:
         """Return what PPO's models hold all the time; no gradients, which come and go."""
@@ -372,32 +393,32 @@ class Planner:
 
     def reading(self, kind: type[nn.Module], shape: ModelConfig, read: MicroBatch) -> Parts:
         """Plan a forward over finished episodes."""
-        count = self.config.ppo.microbatch_size * self.response
+        count = self.largest(self.config.ppo).responses
         usage = measure(kind, shape, self.machine, count, read)
         return self.ppo_base()._replace(activations=usage.others, logits=usage.logits)
 
     @torch.no_grad()
     def read_logprobs(self, model: nn.Module) -> None:
-        config = self.config.ppo
-        rollout = rollout_of(config.microbatch_size, self.time)
-        token_logprobs(model, rollout.tokens, None, rollout.response_mask, config.temperature)
+        rollout = rollout_of(self.largest(self.config.ppo))
+        token_logprobs(model, rollout.tokens, None, rollout.response_mask,
+                       self.config.ppo.temperature)
 
     @torch.no_grad()
     def read_values(self, model: nn.Module) -> None:
-        rollout = rollout_of(self.config.ppo.microbatch_size, self.time)
+        rollout = rollout_of(self.largest(self.config.ppo))
         ppo.token_values(model, rollout.tokens, None, rollout.response_mask)
 
     def ppo_update(self) -> Parts:
         """Plan the larger of the actor's and the critic's optimizer steps."""
         config = self.config.ppo
-        batch = config.microbatch_size
+        grid = self.largest(config)
 
         def actor_loss(model: nn.Module) -> Tensor:
-            loss_sum, _ = ppo.actor_loss(model, rollout_of(batch, self.time), config, 0.1)
+            loss_sum, _ = ppo.actor_loss(model, rollout_of(grid), config, 0.1)
             return loss_sum
 
         def critic_loss(model: nn.Module) -> Tensor:
-            loss_sum, _ = ppo.critic_loss(model, rollout_of(batch, self.time), config)
+            loss_sum, _ = ppo.critic_loss(model, rollout_of(grid), config)
             return loss_sum
 
         steps = [self.step(Transformer, self.shape, actor_loss)]

@@ -120,9 +120,9 @@ RANGES = {
         ranks checkpoint_keep""",
     "[1, 1e9]": "examples sampled_prompts kl_horizon eval.in_domain",
     "[0, 500]": "reward.n_layers",
-    "[0, 1e6]": """reward.dim reward.n_heads reward.ffn_dim noise top_k critic_warmup kl_coef
-        kl_target value_clip_range score_clip eos_penalty entropy_coef ptx_coef eval.general
-        eval.holdout show best_of""",
+    "[0, 1e6]": """microbatch_tokens reward.dim reward.n_heads reward.ffn_dim noise top_k
+        critic_warmup kl_coef kl_target value_clip_range score_clip eos_penalty entropy_coef
+        ptx_coef eval.general eval.holdout show best_of""",
     "[0, 1e9]": "checkpoint_every checkpoint_minutes",
     "[0, 1]": "in_domain_share warmup lr_end gamma gae_lambda",
     "[0, 100]": "lr critic_lr weight_decay temperatures",

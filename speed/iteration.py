@@ -3,6 +3,7 @@
     python speed/versus.py ppo                           both in turn: speed/versus.py
     python speed/iteration.py ours --minibatches=4       one of them alone: seconds, peak memory
     python speed/iteration.py trl --minibatches=4
+    python speed/iteration.py ours --tokens=1024         at most so many in a forward
 
 64 prompts of 32 tokens, an answer to each, scores, 4 epochs. Actor, critic, reference and reward
 model are of versus.py's shape, random, in float32. Answers are 48 tokens long, or end where they
@@ -32,9 +33,9 @@ import parallel
 import ppo
 import rollout
 import train
-from data import pad
 from formats import Prompt
-from model import ModelConfig, ScalarModel, Transformer, generate, last_scores
+from model import ModelConfig, ScalarModel, Transformer, generate
+from reward import Scale, model_reward
 from weights.initial import init_weights
 
 BATCH, PROMPT, RESPONSE, EPOCHS = 64, 32, 48, 4
@@ -88,21 +89,18 @@ def made(kind: type[nn.Module], seed: int) -> nn.Module:
     return model
 
 
-def ours(minibatches: int, is_ragged: bool) -> Callable[[], Any]:
-    """Return what runs one iteration of this code, as train.py does."""
+def ours(minibatches: int, is_ragged: bool, tokens: int = 0) -> Callable[[], Any]:
+    """Return what runs one iteration of this code, as train.py does. tokens: ppo's limit."""
     size = BATCH // minibatches
     config = ppo.PPOConfig(batch_size=BATCH, minibatch_size=size, microbatch_size=size,
-                           epochs=EPOCHS)
+                           microbatch_tokens=tokens, epochs=EPOCHS)
     machine = parallel.Machine(0, 1, torch.device("cpu"), torch.float32)
     models = ppo.Models(made(Transformer, 0), made(Transformer, 1).requires_grad_(False),
                         made(ScalarModel, 2))
     judge = made(ScalarModel, 3).requires_grad_(False)
+    score = model_reward(judge, Scale(), size, tokens)
     lengths = draw_lengths(is_ragged)
     prompts = [Prompt((), "", ids=tuple(ids)) for ids in draw_prompts()]
-
-    def score(asked: Sequence[Prompt], responses: Sequence[list[int]]) -> Tensor:
-        rows = [list(prompt.ids) + response for prompt, response in zip(asked, responses)]
-        return last_scores(judge, *pad(rows))
 
     def step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable,
              batches: Sequence[ppo.Rollout], number: int) -> dict[str, float]:
@@ -157,8 +155,8 @@ def tokenizer() -> Any:
         pad_token=f"<{PAD}>", eos_token=f"<{EOS}>")
 
 
-def trl(minibatches: int, is_ragged: bool) -> Callable[[], Any]:
-    """Return what runs one iteration of TRL's trainer."""
+def trl(minibatches: int, is_ragged: bool, tokens: int = 0) -> Callable[[], Any]:
+    """Return what runs one iteration of TRL's trainer, which counts rows alone."""
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     from transformers import LlamaForCausalLM, LlamaForSequenceClassification, LogitsProcessorList
     from trl.experimental.ppo import PPOConfig, PPOTrainer
@@ -196,11 +194,12 @@ def main() -> None:
     parser.add_argument("side", choices=SIDES)
     parser.add_argument("--minibatches", type=int, default=1)
     parser.add_argument("--ragged", action="store_true")
+    parser.add_argument("--tokens", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.side == "ours":
         parallel.keep_freed_memory()
-    iteration = SIDES[options.side](options.minibatches, options.ragged)
+    iteration = SIDES[options.side](options.minibatches, options.ragged, options.tokens)
     before = memory()
     for _ in range(2):  # Adam's moments are there from the second on
         began = time.process_time()

@@ -4,6 +4,7 @@ from typing import NamedTuple, Sequence
 from torch import nn
 
 import ppo
+from data import Share, cut
 from formats import Prompt
 from reward import Scale, model_reward
 
@@ -22,9 +23,10 @@ def prompts_of(ids: Sequence[Sequence[int]]) -> list[Prompt]:
 
 def collect(four: Four, ids: Sequence[Sequence[int]], rows: Sequence[int], config: ppo.PPOConfig,
             max_new_tokens: int, eos_id: int, scale: tuple[float, float], seed: int,
-            **calls) -> ppo.Rollout:
+            share: Share = cut, **calls) -> ppo.Rollout:
     """Collect a rollout. scale: mean and deviation that standardise the reward model's scores."""
-    score = model_reward(four.reward_model, Scale(*scale), config.microbatch_size)
+    score = model_reward(four.reward_model, Scale(*scale), config.microbatch_size,
+                         config.microbatch_tokens, share)
     models = ppo.Models(four.actor, four.ref, four.critic)
     return ppo.collect(models, prompts_of(ids), rows, config, score, max_new_tokens, (eos_id,), seed,
-                       **calls)
+                       share=share, **calls)

@@ -1,6 +1,6 @@
 """What test_parallel.py and test_sharing.py run in processes of their own: the steps of all stages, or what is held how.
 
-    ranks.py steps     FOLDER SETTINGS SIZE...   optimizer steps, a checkpoint, a PPO iteration
+    ranks.py steps     FOLDER SETTINGS LIMIT...  optimizer steps, a checkpoint, a PPO iteration
     ranks.py precision FOLDER SETTINGS           one step of 1e-6: dtypes, gradients, weights
     ranks.py gathering FOLDER SETTINGS           which weights are gathered when, and how often
     ranks.py stopping  FOLDER SETTINGS           what each rank says of a step that is not finite
@@ -8,7 +8,7 @@
     ranks.py killed    FOLDER SETTINGS           the same; the rank that reads is killed while it does
 
 SETTINGS: a ParallelConfig as JSON, and "dtype". What came out is written to FOLDER, of `steps` to
-FOLDER/SIZE for every micro-batch size.
+FOLDER/LIMIT for every limit on micro-batches: ROWS or ROWS,TOKENS.
 """
 
 import json
@@ -61,10 +61,10 @@ def rows_of(n: int, seed: int) -> list[list[int]]:
     return rows
 
 
-def sft_batches(machine: Machine, size: int) -> list[sft.Batch]:
+def sft_batches(machine: Machine, size: int, tokens: int = 0) -> list[sft.Batch]:
     rows = rows_of(8, 0)
     batches = []
-    for part in machine.microbatches(torch.arange(8), size):
+    for part in machine.microbatches([len(row) for row in rows], size, tokens):
         tokens, mask = data.pad([rows[i] for i in part])
         # rows 0 and 4 have nothing to train on: with four ranks, rank 0 has no valid token at all
         empty = torch.isin(part, torch.tensor([0, 4]))
@@ -73,11 +73,12 @@ def sft_batches(machine: Machine, size: int) -> list[sft.Batch]:
     return batches
 
 
-def reward_batches(machine: Machine, size: int) -> list[reward.Batch]:
+def reward_batches(machine: Machine, size: int, tokens: int = 0) -> list[reward.Batch]:
     rows = rows_of(24, 1)  # row 3 * i + g: prompt i with its response g
     ranks = torch.randint(1, 4, (8, 3), generator=torch.Generator().manual_seed(2)).float()
     batches = []
-    for part in machine.microbatches(torch.arange(8), size):
+    lengths = [sum(len(row) for row in rows[3 * i:3 * i + 3]) for i in range(8)]
+    for part in machine.microbatches(lengths, size, tokens):
         tokens, mask = data.pad([rows[3 * i + g] for i in part for g in range(3)])
         batches.append(reward.Batch(tokens, mask, ranks[part]))
     return batches
@@ -91,7 +92,7 @@ class Fit(NamedTuple):
     """Something to train: a kind of model, this rank's micro-batches, and their loss."""
 
     kind: type[nn.Module]
-    batches: Callable[[Machine, int], list]
+    batches: Callable[..., list]
     loss: Callable
 
 
@@ -105,19 +106,19 @@ FITS = {
 # steps
 
 
-def steps(out: Path, size: int, machine: Machine) -> None:
-    """Take the steps with micro-batches of `size` rows, and write weights and numbers to `out`."""
+def steps(out: Path, limits: tuple[int, ...], machine: Machine) -> None:
+    """Take the steps with micro-batches of so many rows and tokens; write what came to `out`."""
     results: dict[str, dict[str, Tensor]] = {}
     numbers = {}
     for name, fit in FITS.items():
         model = parallel.build(fit.kind, CONFIG, 0, machine)
         optimizer = parallel.adamw(model, 0.1)
-        terms = [Term(fit.loss, fit.batches(machine, size))]
+        terms = [Term(fit.loss, fit.batches(machine, *limits))]
         numbers[name] = [update(model, optimizer, terms, 1e-3, 0.5, machine) for _ in range(2)]
         results[name] = weights_of(model)
         if name == "sft":
             numbers["after"] = resume(out, model, optimizer, terms, machine)
-    rollout, models, numbers["ppo"] = iterate(size, machine)
+    rollout, models, numbers["ppo"] = iterate(machine, *limits)
     results["actor"] = weights_of(models.actor)
     results["critic"] = weights_of(models.critic)
     if machine.is_main:
@@ -155,9 +156,10 @@ def resume(
     return straight
 
 
-def iterate(size: int, machine: Machine) -> tuple[ppo.Rollout, Four, list[dict]]:
+def iterate(machine: Machine, size: int, tokens: int = 0) -> tuple[ppo.Rollout, Four, list[dict]]:
     """Run one PPO iteration; return its rollout, the models, the numbers of rollout and steps."""
-    config = ppo.PPOConfig(batch_size=8, minibatch_size=4, microbatch_size=size, epochs=2)
+    config = ppo.PPOConfig(batch_size=8, minibatch_size=4, microbatch_size=size,
+                           microbatch_tokens=tokens, epochs=2)
     models = Four(
         actor=parallel.build(Transformer, CONFIG, 0, machine),
         critic=parallel.build(ScalarModel, CONFIG, 1, machine),
@@ -169,7 +171,8 @@ def iterate(size: int, machine: Machine) -> tuple[ppo.Rollout, Four, list[dict]]
     with machine.autocast():
         rollout = collect(
             models, [prompts[i] for i in mine], list(mine), config, 10, EOS, (0.0, 1.0), seed=0,
-            gathered=parallel.gathered, gather=partial(gather_rollouts, machine))
+            gathered=parallel.gathered, gather=partial(gather_rollouts, machine),
+            share=machine.own_microbatches)
     rollout, stats = ppo.assign_credit(rollout, config, 0.1, machine.world)
 
     def updating(model: nn.Module, loss: Callable) -> Callable:
@@ -233,7 +236,7 @@ def precision(out: Path, machine: Machine) -> None:
             frozen, tokens, mask, mask & (mask.cumsum(1) > 1)
         )
     numbers["frozen"] = {"parameters": dtypes(frozen.parameters())}
-    numbers["ppo"] = {"stats": iterate(8, machine)[2]}
+    numbers["ppo"] = {"stats": iterate(machine, 8)[2]}
     if machine.is_main:
         write_safetensors(out / "tensors.safetensors", tensors)
         (out / "numbers.json").write_text(json.dumps(numbers))
@@ -377,15 +380,15 @@ def killed(out: Path, machine: Machine) -> None:
     source.demonstrations()
 
 
-def main(command: str, folder: str, settings: str, *sizes: str) -> None:
+def main(command: str, folder: str, settings: str, *limits: str) -> None:
     torch.set_num_threads(1)
     values = json.loads(settings)
     dtype = values.pop("dtype", "float32")
     machine = parallel.start(dtype, parallel.ParallelConfig(**values))
     parallel.BLOCKWISE_ABOVE = 0  # every block a unit of its own, as in large models
     if command == "steps":
-        for size in sizes:
-            steps(Path(folder, size), int(size), machine)
+        for limit in limits:
+            steps(Path(folder, limit), tuple(map(int, limit.split(","))), machine)
     else:
         {"precision": precision, "gathering": gathering, "stopping": stopping, "sharing": sharing,
          "killed": killed}[command](Path(folder), machine)

@@ -58,7 +58,8 @@ def test_all_changes_are_named_at_once(tmp_path):
 
 
 @pytest.mark.parametrize("flag", ["--checkpoint_every=7", "--ppo.microbatch_size=2", "--eval.show=1",
-                                  "--sft.microbatch_size=2", "--reward.generation_batch=9",
+                                  "--sft.microbatch_size=2", "--reward.microbatch_tokens=99",
+                                  "--reward.generation_batch=9",
                                   "--parallel.activation_checkpointing", "--ppo.lr=0.0004",
                                   "--stages=ppo", "--gpu_memory=9", "--data.template=auto"])
 def test_what_cannot_change_a_result_may_be_given_to_resume(tmp_path, flag):

@@ -1463,6 +1463,48 @@ def test_real_long_rows(llama):
 
 
 # ---------------------------------------------------------------------------------------------
+# Micro-batches
+
+@pytest.mark.parametrize("lengths, size, tokens, ranks, parts", [
+    ([3, 9, 4, 8], 4, 0, 1, [[0, 1, 2, 3]]),                      # no limit: the order they have
+    ([3, 9, 4, 8], 1, 0, 2, [[0], [1], [2], [3]]),
+    ([3, 9, 4, 8], 4, 12, 1, [[1, 0], [3, 2]]),                   # long ones with short ones
+    ([3, 9, 4, 8], 4, 24, 1, [[1, 3, 2, 0]]),                     # just enough
+    ([3, 9, 4, 8], 4, 23, 1, [[1, 0], [3, 2]]),                   # one too many
+    ([3, 9, 4, 8], 1, 24, 1, [[1], [3], [2], [0]]),               # rows count as well
+    ([1, 1, 99, 1], 4, 10, 1, [[2], [0, 1, 3]]),                  # one huge row stands alone
+    ([1, 1, 99, 1], 4, 10, 2, [[2], [0, 1, 3]]),                  # ... one rank's, while the other
+    ([1, 1, 99, 98], 4, 10, 2, [[2], [3], [0], [1]]),
+    ([5, 5, 5, 5, 5, 5], 6, 10, 1, [[0, 3], [1, 4], [2, 5]]),     # all equal
+    ([5, 5, 5, 5, 5, 5], 6, 10, 2, [[0, 4], [1, 5], [2], [3]]),   # three are no multiple of two
+    ([7], 4, 10, 2, [[0], []]),                                   # fewer rows than ranks
+    ([], 4, 10, 2, []),
+])
+def test_microbatches_by_hand(lengths, size, tokens, ranks, parts):
+    assert [part.tolist() for part in data.cut(lengths, size, tokens, ranks)] == parts
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 8])
+def test_microbatches_keep_their_limits_and_the_ranks_in_step(ranks):
+    """Any lengths: every row once, no limit broken, none empty; ranks of ragged rows wait little."""
+    waste = []
+    for seed in range(60):
+        g = random.Random(seed)
+        lengths = [min(1024, int(200 * g.lognormvariate(0, 0.8)) + 1) for _ in range(8 * 16)]
+        size, tokens, least = g.choice((2, 5, 128)), g.choice((1, 300, 1024, 4096)), g.choice((0, 9))
+        parts = [part.tolist() for part in data.cut(lengths, size, tokens, ranks, least)]
+        assert sorted(sum(parts, [])) == list(range(128)) and all(parts)
+        assert len(parts) % ranks == 0 and len(parts) >= ranks * least
+        held = [sum(lengths[row] for row in part) for part in parts]
+        assert all(len(part) == 1 or len(part) <= size and total <= tokens
+                   for part, total in zip(parts, held))
+        if size == 128 and tokens == 4096:
+            slowest = sum(max(held[i:i + ranks]) for i in range(0, len(parts), ranks))
+            waste.append(slowest * ranks / sum(held))
+    assert waste and sum(waste) / len(waste) < 1.05
+
+
+# ---------------------------------------------------------------------------------------------
 # Memory
 
 def test_dialogues_take_few_bytes_a_token():

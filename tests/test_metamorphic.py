@@ -146,6 +146,14 @@ def test_microbatches(models, switches):
     whole = iterate(models, config)
     for size in (1, 2, 4):
         assert_same(whole, iterate(models, replace(config, microbatch_size=size)))
+    held = []  # rows and tokens of every forward
+    for model in models:
+        model.register_forward_pre_hook(lambda model, args: held.append((len(args[0]), args[1].sum())))
+    for size, tokens in ((12, 1), (12, 20), (3, 40), (12, 70)):
+        held.clear()
+        limited = replace(config, microbatch_size=size, microbatch_tokens=tokens)
+        assert_same(whole, iterate(models, limited, rollout=collect(models, limited)))
+        assert all(rows == 1 or rows <= size and n <= tokens for rows, n in held) and len(held) > 12
 
 
 @pytest.mark.line(6)

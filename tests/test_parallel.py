@@ -1,5 +1,6 @@
 """The number of processes and the micro-batch size change nothing: real processes, real FSDP."""
 
+import itertools
 import json
 import os
 import socket
@@ -41,10 +42,10 @@ def read_result(folder: Path) -> tuple[dict, dict]:
     )
 
 
-def run(out: Path, ranks: int, sizes: list[int], **settings) -> list[tuple[dict, dict]]:
-    """Return weights and numbers for each micro-batch size."""
-    launch(ranks, "steps", str(out), json.dumps(settings), *map(str, sizes))
-    return [read_result(out / str(size)) for size in sizes]
+def run(out: Path, ranks: int, limits: list[str], **settings) -> list[tuple[dict, dict]]:
+    """Return weights and numbers for each limit on micro-batches, "ROWS" or "ROWS,TOKENS"."""
+    launch(ranks, "steps", str(out), json.dumps(settings), *limits)
+    return [read_result(out / limit) for limit in limits]
 
 
 def flat(numbers) -> list[float]:
@@ -69,23 +70,23 @@ def assert_equal(result: tuple[dict, dict], reference: tuple[dict, dict]) -> Non
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory) -> tuple[dict, dict]:
-    return run(tmp_path_factory.mktemp("ranks"), 1, [8])[0]
+    return run(tmp_path_factory.mktemp("ranks"), 1, ["8"])[0]
 
 
 @pytest.mark.line(6, 10, 11, 17)
 @pytest.mark.parametrize(
-    "ranks,sizes,settings",
+    "ranks,limits,settings",
     [
-        (1, [1, 2, 4], {}),
-        (2, [1, 3, 4], {}),
-        (4, [1, 2], {}),
-        (1, [4], {"activation_checkpointing": True}),
-        (2, [4], {"offload_frozen": True}),
-        (4, [2], {"replicas": 2, "activation_checkpointing": True, "offload_frozen": True}),
+        (1, ["1", "2", "4", "8,10", "3,30"], {}),
+        (2, ["1", "3", "4", "8,10", "8,24", "2,60"], {}),
+        (4, ["1", "2", "8,15"], {}),
+        (1, ["4"], {"activation_checkpointing": True}),
+        (2, ["4"], {"offload_frozen": True}),
+        (4, ["2"], {"replicas": 2, "activation_checkpointing": True, "offload_frozen": True}),
     ],
 )
-def test_ranks_and_microbatches(reference, tmp_path, ranks, sizes, settings):
-    for result in run(tmp_path, ranks, sizes, **settings):
+def test_ranks_and_microbatches(reference, tmp_path, ranks, limits, settings):
+    for result in run(tmp_path, ranks, limits, **settings):
         assert_equal(result, reference)
 
 
@@ -329,14 +330,26 @@ def test_a_process_that_is_gone_is_not_torchrun():
 @pytest.mark.parametrize("world", [1, 3, 4])
 def test_parts_and_microbatches_cover_everything_once(world):
     machines = [Machine(rank, world, torch.device("cpu"), torch.float32) for rank in range(world)]
-    for n in (0, 1, 7, 12):
+    for n, tokens in itertools.product((0, 1, 7, 12), (0, 9)):
         parts = [machine.part(list(range(n))) for machine in machines]
         assert sum(parts, []) == list(range(n)), "in order"
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
-        batches = [
-            batch for machine in machines for batch in machine.microbatches(torch.arange(n), 2)
-        ]
-        assert sorted(torch.cat(batches).tolist()) == list(range(n)) and max(map(len, batches)) <= 2
+        each = [machine.microbatches(range(1, n + 1), 2, tokens) for machine in machines]
+        assert len(set(map(len, each))) == 1, "ranks keep step"
+        batches = [batch.tolist() for own in each for batch in own]
+        assert sorted(sum(batches, [])) == list(range(n)) and all(len(rows) <= 2 for rows in batches)
+
+
+def test_all_ranks_take_as_many_steps_as_one_needs(monkeypatch):
+    """Two ranks of four rows each that know only their own: they must call every forward together."""
+    machine = Machine(0, 2, torch.device("cpu"), torch.float32)
+    asked = []
+    monkeypatch.setattr(parallel, "all_max", lambda x: asked.append(x.item()) or x.clamp(min=3))
+    assert [part.tolist() for part in machine.own_microbatches([5, 5, 5, 5], 4, 20)] == [
+        [0, 3], [1], [2]]
+    assert asked == [1, 3], "until nobody needs more"
+    # scores of a model that is whole on every rank: some rank may have less to do, or nothing
+    assert len(machine.own_microbatches([5], 4, 20)) == 1 and not machine.own_microbatches([], 4, 20)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")

@@ -119,6 +119,25 @@ def test_plan_is_what_a_real_run_allocates(stage, recompute):
     assert planned.activations + planned.logits == pytest.approx(real, rel=0.1)
 
 
+@pytest.mark.parametrize("rows,tokens,group,grid", [
+    (3, 0, 1, (3, 128, 204)), (3, 1000, 1, (3, 128, 204)), (9, 384, 1, (3, 128, 384)),
+    (9, 300, 1, (3, 100, 300)), (9, 128, 1, (1, 128, 128)), (9, 129, 1, (2, 64, 128)),
+    (9, 5, 1, (1, 128, 68)), (1, 129, 1, (1, 128, 68)), (9, 1152, 3, (3, 128, 1152)),
+    (2, 1152, 3, (2, 128, 408))])
+def test_the_plan_counts_the_smaller_limit(rows, tokens, group, grid):
+    """Of rows and tokens; a row that is longer than its limit still has to fit alone."""
+    section = sft.SFTConfig(microbatch_size=rows, microbatch_tokens=tokens)
+    assert tiny_planner().largest(section, group) == grid
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo update"])
+def test_the_plan_counts_tokens(stage):
+    section = stage.split()[0]
+    few = tiny_planner(**{f"{section}.microbatch_size": 1})
+    both = tiny_planner(**{f"{section}.microbatch_size": 9, f"{section}.microbatch_tokens": 5})
+    assert planner.STAGES[stage](few) == planner.STAGES[stage](both)
+
+
 @pytest.mark.parametrize(
     "flags",
     [

@@ -266,7 +266,8 @@ train.main(sys.argv[1:])
 
 # Batches so small that each stage needs several, none of them full.
 SMALL = ["--sft.microbatch_size=9", "--reward.microbatch_size=3", "--reward.generation_batch=7",
-         "--ppo.microbatch_size=3", "--ppo.generation_batch=5", "--checkpoint_every=3"]
+         "--ppo.microbatch_size=3", "--ppo.microbatch_tokens=60", "--ppo.generation_batch=5",
+         "--checkpoint_every=3"]
 
 
 def torchrun(script: str, *flags: str) -> None:

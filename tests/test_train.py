@@ -184,23 +184,28 @@ def test_a_smaller_reward_model_gets_its_own_sft(finished, tmp_path):
 def test_rows_of_like_length_share_a_microbatch(finished, tmp_path, monkeypatch, stage):
     """Whatever order and micro-batches the rows of a step have, the step is the same."""
     update = train.update
-    cut, steps = [], {}  # tokens of a row in every micro-batch of a step; losses and norms
+    masks, steps = [], []  # of every micro-batch of a step; losses and norms of every run
 
     def look(model, optimizer, terms, *rest):
-        cut.append([batch.attention_mask.size(1) for batch in terms[0].batches])
+        masks.append([batch.attention_mask for batch in terms[0].batches])
         return update(model, optimizer, terms, *rest)
 
     monkeypatch.setattr(train, "update", look)
-    for size in (16, 5):
-        train.main([f"--base={finished[0]}", f"--out={tmp_path / str(size)}", f"--stages={stage}",
-                    f"--{stage}.batch_size=16", f"--{stage}.microbatch_size={size}",
+    tokens = 150 if stage == "sft" else 500
+    for limits in ([], ["microbatch_size=5"], [f"microbatch_tokens={tokens}"]):
+        masks.clear()
+        out = tmp_path / str(len(steps))
+        train.main([f"--base={finished[0]}", f"--out={out}", f"--stages={stage}",
+                    f"--{stage}.batch_size=16", *(f"--{stage}.{limit}" for limit in limits),
                     f"--{stage}.epochs=0.1" if stage == "sft" else "--reward.epochs=2"])
-        rows = golden.lines(tmp_path / str(size) / "metrics.jsonl")
-        steps[size] = [(row["loss"], row["grad_norm"]) for row in rows]
-    assert len(steps[5]) > 3 and sum(steps[5], ()) == pytest.approx(sum(steps[16], ()), rel=2e-3)
-    cut = [widths for widths in cut if len(widths) > 1]
-    assert all(widths == sorted(widths) for widths in cut)
-    assert any(widths[0] < 0.9 * widths[-1] for widths in cut), "or nothing is tested"
+        rows = golden.lines(out / "metrics.jsonl")
+        steps.append([x for row in rows for x in (row["loss"], row["grad_norm"])])
+        if limits == ["microbatch_size=5"]:
+            widths = [[mask.size(1) for mask in step] for step in masks]
+            assert all(widths == sorted(widths) for widths in widths)
+            assert any(widths[0] < 0.9 * widths[-1] for widths in widths), "or nothing is tested"
+    assert len(steps[0]) > 6 and steps[1:] == [pytest.approx(steps[0], rel=2e-3)] * 2
+    assert all(1 < len(step) < 16 and max(mask.sum() for mask in step) <= tokens for step in masks)
 
 
 def test_flags_are_frozen():
