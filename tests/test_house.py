@@ -100,7 +100,7 @@ LINES = {
     "reward": 350,
     "rollout": 220,
     "ppo": 450,
-    "parallel": 475,
+    "parallel": 485,
     "train": 500,
     "eval": 350,
 }
