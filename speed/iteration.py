@@ -7,7 +7,8 @@
 64 prompts of 32 tokens, an answer to each, scores, 4 epochs. Actor, critic, reference and reward
 model are of versus.py's shape, random, in float32. Answers are 48 tokens long, or end where they
 are told to, after 16 on average. Both sides take the settings that are theirs by default, but
-TRL's two that would slow it down on a CPU: gradient checkpointing and bfloat16.
+TRL's two that would slow it down on a CPU: gradient checkpointing and bfloat16. Our learning rate
+is 0, so that all iterations are alike.
 """
 from __future__ import annotations
 
@@ -52,34 +53,32 @@ def draw_prompts() -> list[list[int]]:
     return torch.randint(3, shape().vocab_size, (BATCH, PROMPT), generator=g).tolist()
 
 
-def draw_lengths(is_ragged: bool) -> Tensor:
-    """Return after how many tokens each answer ends, (BATCH,) int64."""
-    if not is_ragged:
-        return torch.full((BATCH,), RESPONSE)
-    g = torch.Generator().manual_seed(1)
-    return torch.empty(BATCH).geometric_(1 / 16, generator=g).clamp(1, RESPONSE).long()
+def ragged() -> EndOurs:
+    """Return what ends ragged answers, after 16 tokens on average."""
+    return EndOurs(16, RESPONSE)
 
 
 # ---------------------------------------------------------------------------------------------
 # Ours
 
 class EndOurs:
-    """Force the end of each of our answers where it is to be: `stop` of generate."""
+    """Force the end of each of our answers where it is to be: `stop` of generate.
 
-    def __init__(self, lengths: Tensor) -> None:
-        self.now = lengths.tolist()     # of the rows that are still being written
-        self.later: list[int] = []      # of those that will be after this step
-        self.asked = 0
+    An answer's first token says how long it will be: so all agree on that, in whatever order and
+    company the answers are written.
+    """
+
+    def __init__(self, mean: float, longest: int) -> None:
+        g = torch.Generator().manual_seed(1)
+        drawn = torch.empty(shape().vocab_size).geometric_(1 / mean, generator=g)
+        self.lengths = drawn.clamp(1, longest).int().tolist()  # by first token
 
     def __call__(self, answer: list[int]) -> bool:
-        # asked once a step for each row that is left, in their order
-        length = self.now[self.asked]
-        self.asked += 1
-        if len(answer) < length:
-            self.later.append(length)
-        if self.asked == len(self.now):
-            self.now, self.later, self.asked = self.later, [], 0
-        return len(answer) >= length
+        return len(answer) >= self.lengths[answer[0]]
+
+    def foretell(self, model: Transformer, prompts: list[list[int]]) -> Tensor:
+        """Return after how many tokens each answer will end, (B,) int64."""
+        return torch.tensor([self.lengths[first] for first, in generate(model, prompts, 1).tokens])
 
 
 def made(kind: type[nn.Module], seed: int) -> nn.Module:
@@ -97,7 +96,6 @@ def ours(minibatches: int, is_ragged: bool) -> Callable[[], Any]:
     models = ppo.Models(made(Transformer, 0), made(Transformer, 1).requires_grad_(False),
                         made(ScalarModel, 2))
     judge = made(ScalarModel, 3).requires_grad_(False)
-    lengths = draw_lengths(is_ragged)
     prompts = [Prompt((), "", ids=tuple(ids)) for ids in draw_prompts()]
 
     def score(asked: Sequence[Prompt], responses: Sequence[list[int]]) -> Tensor:
@@ -106,7 +104,7 @@ def ours(minibatches: int, is_ragged: bool) -> Callable[[], Any]:
 
     def step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable,
              batches: Sequence[ppo.Rollout], number: int) -> dict[str, float]:
-        return train.update(model, optimizer, [train.Term(loss, batches)], 3e-6, 1.0, machine)
+        return train.update(model, optimizer, [train.Term(loss, batches)], 0.0, 1.0, machine)
 
     updates = [partial(step, model, parallel.adamw(model, 0.0), loss) for model, loss in (
         (models.actor, partial(ppo.actor_loss, config=config, kl_coef=0.05)),
@@ -114,7 +112,7 @@ def ours(minibatches: int, is_ragged: bool) -> Callable[[], Any]:
 
     def iteration() -> None:
         # no flag ends an answer after so many tokens
-        rollout.generate = partial(generate, stop=EndOurs(lengths)) if is_ragged else generate
+        rollout.generate = partial(generate, stop=ragged()) if is_ragged else generate
         episodes = ppo.collect(models, prompts, range(BATCH), config, score, RESPONSE, (NEVER,), 0)
         episodes, _ = ppo.assign_credit(episodes, config, 0.05)
         ppo.learn(episodes, config, updates, 0, machine.microbatches)
@@ -176,7 +174,8 @@ def trl(minibatches: int, is_ragged: bool) -> Callable[[], Any]:
         LlamaForSequenceClassification(config), rows, LlamaForSequenceClassification(config),
         data_collator=lambda part: {"input_ids": torch.tensor([row["input_ids"] for row in part])})
     if is_ragged:
-        ends = LogitsProcessorList([EndTheirs(draw_lengths(True), PROMPT)])
+        lengths = ragged().foretell(made(Transformer, 0), draw_prompts())  # as ours are
+        ends = LogitsProcessorList([EndTheirs(lengths, PROMPT)])
         policy.generate = partial(policy.generate, logits_processor=ends)
 
     def iteration() -> None:
