@@ -22,7 +22,7 @@ import time
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, NamedTuple, Sequence
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -33,9 +33,9 @@ import parallel
 import ppo
 import rollout
 import train
-from data import pad
 from formats import Prompt
-from model import ModelConfig, ScalarModel, Transformer, generate, last_scores
+from model import ModelConfig, ScalarModel, Transformer, generate
+from reward import model_scores
 from weights.initial import init_weights
 
 BATCH, PROMPT, RESPONSE, EPOCHS = 64, 32, 48, 4
@@ -87,20 +87,20 @@ def made(kind: type[nn.Module], seed: int) -> nn.Module:
     return model
 
 
-def ours(minibatches: int, is_ragged: bool) -> Callable[[], Any]:
-    """Return what runs one iteration of this code, as train.py does."""
-    size = BATCH // minibatches
-    config = ppo.PPOConfig(batch_size=BATCH, minibatch_size=size, microbatch_size=size,
-                           epochs=EPOCHS)
-    machine = parallel.Machine(0, 1, torch.device("cpu"), torch.float32)
-    models = ppo.Models(made(Transformer, 0), made(Transformer, 1).requires_grad_(False),
-                        made(ScalarModel, 2))
-    judge = made(ScalarModel, 3).requires_grad_(False)
-    prompts = [Prompt((), "", ids=tuple(ids)) for ids in draw_prompts()]
+class Halves(NamedTuple):
+    """An iteration of this code, as train.py does it."""
+    roll_out: Callable[[], ppo.Rollout]
+    learn: Callable[[ppo.Rollout], Any]
+
+
+def halves(models: ppo.Models, judge: ScalarModel, rows: list[list[int]], response: int,
+           config: ppo.PPOConfig, machine: parallel.Machine) -> Halves:
+    """Return an iteration with these prompts. judge: the reward model."""
+    prompts = [Prompt((), "", ids=tuple(ids)) for ids in rows]
 
     def score(asked: Sequence[Prompt], responses: Sequence[list[int]]) -> Tensor:
         rows = [list(prompt.ids) + response for prompt, response in zip(asked, responses)]
-        return last_scores(judge, *pad(rows))
+        return torch.tensor(model_scores(judge, rows, config.microbatch_size))
 
     def step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable,
              batches: Sequence[ppo.Rollout], number: int) -> dict[str, float]:
@@ -110,12 +110,31 @@ def ours(minibatches: int, is_ragged: bool) -> Callable[[], Any]:
         (models.actor, partial(ppo.actor_loss, config=config, kl_coef=0.05)),
         (models.critic, partial(ppo.critic_loss, config=config)))]
 
+    def roll_out() -> ppo.Rollout:
+        with machine.autocast():
+            episodes = ppo.collect(models, prompts, range(len(rows)), config, score, response,
+                                   (NEVER,), 0)
+        return ppo.assign_credit(episodes, config, 0.05)[0]
+
+    return Halves(roll_out,
+                  lambda episodes: ppo.learn(episodes, config, updates, 0, machine.microbatches))
+
+
+def ours(minibatches: int, is_ragged: bool) -> Callable[[], Any]:
+    """Return what runs one iteration of this code."""
+    size = BATCH // minibatches
+    config = ppo.PPOConfig(batch_size=BATCH, minibatch_size=size, microbatch_size=size,
+                           epochs=EPOCHS)
+    machine = parallel.Machine(0, 1, torch.device("cpu"), torch.float32)
+    models = ppo.Models(made(Transformer, 0), made(Transformer, 1).requires_grad_(False),
+                        made(ScalarModel, 2))
+    judge = made(ScalarModel, 3).requires_grad_(False)
+    both = halves(models, judge, draw_prompts(), RESPONSE, config, machine)
+
     def iteration() -> None:
         # no flag ends an answer after so many tokens
         rollout.generate = partial(generate, stop=ragged()) if is_ragged else generate
-        episodes = ppo.collect(models, prompts, range(BATCH), config, score, RESPONSE, (NEVER,), 0)
-        episodes, _ = ppo.assign_credit(episodes, config, 0.05)
-        ppo.learn(episodes, config, updates, 0, machine.microbatches)
+        both.learn(both.roll_out())
 
     return iteration
 

@@ -47,6 +47,7 @@ OPTIONAL = {
     ("text.tokenizer", "tokenizers"),
     ("text.chat_template", "jinja2"),
     ("speed.versus", "lm_eval"),
+    ("speed.gpu", "transformers"),
     ("speed.versus", "transformers"),
     ("speed.iteration", "transformers"),
     ("speed.iteration", "tokenizers"),
