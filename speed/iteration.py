@@ -3,12 +3,12 @@
     python speed/versus.py ppo                           both in turn: speed/versus.py
     python speed/iteration.py ours --minibatches=4       one of them alone: seconds, peak memory
     python speed/iteration.py trl --minibatches=4
-    python speed/iteration.py ours --tokens=1024         at most so many in a forward
 
 64 prompts of 32 tokens, an answer to each, scores, 4 epochs. Actor, critic, reference and reward
 model are of versus.py's shape, random, in float32. Answers are 48 tokens long, or end where they
 are told to, after 16 on average. Both sides take the settings that are theirs by default, but
-TRL's two that would slow it down on a CPU: gradient checkpointing and bfloat16.
+TRL's two that would slow it down on a CPU: gradient checkpointing and bfloat16. Our learning rate
+is 0, so that all iterations are alike.
 """
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ import time
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, NamedTuple, Sequence
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -39,6 +39,7 @@ from reward import Scale, model_reward
 from weights.initial import init_weights
 
 BATCH, PROMPT, RESPONSE, EPOCHS = 64, 32, 48, 4
+TOKENS = 2048  # of our micro-batches: as fast as any, and less memory than the whole batch needs
 PAD, EOS = 0, 2
 NEVER = -1  # an id that is never drawn: no answer of ours ends by chance
 
@@ -53,34 +54,32 @@ def draw_prompts() -> list[list[int]]:
     return torch.randint(3, shape().vocab_size, (BATCH, PROMPT), generator=g).tolist()
 
 
-def draw_lengths(is_ragged: bool) -> Tensor:
-    """Return after how many tokens each answer ends, (BATCH,) int64."""
-    if not is_ragged:
-        return torch.full((BATCH,), RESPONSE)
-    g = torch.Generator().manual_seed(1)
-    return torch.empty(BATCH).geometric_(1 / 16, generator=g).clamp(1, RESPONSE).long()
+def ragged() -> EndOurs:
+    """Return what ends ragged answers, after 16 tokens on average."""
+    return EndOurs(16, RESPONSE)
 
 
 # ---------------------------------------------------------------------------------------------
 # Ours
 
 class EndOurs:
-    """Force the end of each of our answers where it is to be: `stop` of generate."""
+    """Force the end of each of our answers where it is to be: `stop` of generate.
 
-    def __init__(self, lengths: Tensor) -> None:
-        self.now = lengths.tolist()     # of the rows that are still being written
-        self.later: list[int] = []      # of those that will be after this step
-        self.asked = 0
+    An answer's first token says how long it will be: so all agree on that, in whatever order and
+    company the answers are written.
+    """
+
+    def __init__(self, mean: float, longest: int) -> None:
+        g = torch.Generator().manual_seed(1)
+        drawn = torch.empty(shape().vocab_size).geometric_(1 / mean, generator=g)
+        self.lengths = drawn.clamp(1, longest).int().tolist()  # by first token
 
     def __call__(self, answer: list[int]) -> bool:
-        # asked once a step for each row that is left, in their order
-        length = self.now[self.asked]
-        self.asked += 1
-        if len(answer) < length:
-            self.later.append(length)
-        if self.asked == len(self.now):
-            self.now, self.later, self.asked = self.later, [], 0
-        return len(answer) >= length
+        return len(answer) >= self.lengths[answer[0]]
+
+    def foretell(self, model: Transformer, prompts: list[list[int]]) -> Tensor:
+        """Return after how many tokens each answer will end, (B,) int64."""
+        return torch.tensor([self.lengths[first] for first, in generate(model, prompts, 1).tokens])
 
 
 def made(kind: type[nn.Module], seed: int) -> nn.Module:
@@ -89,33 +88,51 @@ def made(kind: type[nn.Module], seed: int) -> nn.Module:
     return model
 
 
-def ours(minibatches: int, is_ragged: bool, tokens: int = 0) -> Callable[[], Any]:
-    """Return what runs one iteration of this code, as train.py does. tokens: ppo's limit."""
-    size = BATCH // minibatches
-    config = ppo.PPOConfig(batch_size=BATCH, minibatch_size=size, microbatch_size=size,
-                           microbatch_tokens=tokens, epochs=EPOCHS)
-    machine = parallel.Machine(0, 1, torch.device("cpu"), torch.float32)
-    models = ppo.Models(made(Transformer, 0), made(Transformer, 1).requires_grad_(False),
-                        made(ScalarModel, 2))
-    judge = made(ScalarModel, 3).requires_grad_(False)
-    score = model_reward(judge, Scale(), size, tokens)
-    lengths = draw_lengths(is_ragged)
-    prompts = [Prompt((), "", ids=tuple(ids)) for ids in draw_prompts()]
+class Halves(NamedTuple):
+    """An iteration of this code, as train.py does it."""
+    roll_out: Callable[[], ppo.Rollout]
+    learn: Callable[[ppo.Rollout], Any]
+
+
+def halves(models: ppo.Models, judge: ScalarModel, rows: list[list[int]], response: int,
+           config: ppo.PPOConfig, machine: parallel.Machine) -> Halves:
+    """Return an iteration with these prompts. judge: the reward model."""
+    prompts = [Prompt((), "", ids=tuple(ids)) for ids in rows]
+    score = model_reward(judge, Scale(), config.microbatch_size, config.microbatch_tokens)
 
     def step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable,
              batches: Sequence[ppo.Rollout], number: int) -> dict[str, float]:
-        return train.update(model, optimizer, [train.Term(loss, batches)], 3e-6, 1.0, machine)
+        return train.update(model, optimizer, [train.Term(loss, batches)], 0.0, 1.0, machine)
 
     updates = [partial(step, model, parallel.adamw(model, 0.0), loss) for model, loss in (
         (models.actor, partial(ppo.actor_loss, config=config, kl_coef=0.05)),
         (models.critic, partial(ppo.critic_loss, config=config)))]
 
+    def roll_out() -> ppo.Rollout:
+        with machine.autocast():
+            episodes = ppo.collect(models, prompts, range(len(rows)), config, score, response,
+                                   (NEVER,), 0)
+        return ppo.assign_credit(episodes, config, 0.05)[0]
+
+    return Halves(roll_out,
+                  lambda episodes: ppo.learn(episodes, config, updates, 0, machine.microbatches))
+
+
+def ours(minibatches: int, is_ragged: bool) -> Callable[[], Any]:
+    """Return what runs one iteration of this code."""
+    size = BATCH // minibatches
+    config = ppo.PPOConfig(batch_size=BATCH, minibatch_size=size, microbatch_size=size,
+                           microbatch_tokens=TOKENS, epochs=EPOCHS)
+    machine = parallel.Machine(0, 1, torch.device("cpu"), torch.float32)
+    models = ppo.Models(made(Transformer, 0), made(Transformer, 1).requires_grad_(False),
+                        made(ScalarModel, 2))
+    judge = made(ScalarModel, 3).requires_grad_(False)
+    both = halves(models, judge, draw_prompts(), RESPONSE, config, machine)
+
     def iteration() -> None:
         # no flag ends an answer after so many tokens
-        rollout.generate = partial(generate, stop=EndOurs(lengths)) if is_ragged else generate
-        episodes = ppo.collect(models, prompts, range(BATCH), config, score, RESPONSE, (NEVER,), 0)
-        episodes, _ = ppo.assign_credit(episodes, config, 0.05)
-        ppo.learn(episodes, config, updates, 0, machine.microbatches)
+        rollout.generate = partial(generate, stop=ragged()) if is_ragged else generate
+        both.learn(both.roll_out())
 
     return iteration
 
@@ -155,7 +172,7 @@ def tokenizer() -> Any:
         pad_token=f"<{PAD}>", eos_token=f"<{EOS}>")
 
 
-def trl(minibatches: int, is_ragged: bool, tokens: int = 0) -> Callable[[], Any]:
+def trl(minibatches: int, is_ragged: bool) -> Callable[[], Any]:
     """Return what runs one iteration of TRL's trainer, which counts rows alone."""
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     from transformers import LlamaForCausalLM, LlamaForSequenceClassification, LogitsProcessorList
@@ -174,7 +191,8 @@ def trl(minibatches: int, is_ragged: bool, tokens: int = 0) -> Callable[[], Any]
         LlamaForSequenceClassification(config), rows, LlamaForSequenceClassification(config),
         data_collator=lambda part: {"input_ids": torch.tensor([row["input_ids"] for row in part])})
     if is_ragged:
-        ends = LogitsProcessorList([EndTheirs(draw_lengths(True), PROMPT)])
+        lengths = ragged().foretell(made(Transformer, 0), draw_prompts())  # as ours are
+        ends = LogitsProcessorList([EndTheirs(lengths, PROMPT)])
         policy.generate = partial(policy.generate, logits_processor=ends)
 
     def iteration() -> None:
@@ -194,12 +212,11 @@ def main() -> None:
     parser.add_argument("side", choices=SIDES)
     parser.add_argument("--minibatches", type=int, default=1)
     parser.add_argument("--ragged", action="store_true")
-    parser.add_argument("--tokens", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.side == "ours":
         parallel.keep_freed_memory()
-    iteration = SIDES[options.side](options.minibatches, options.ragged, options.tokens)
+    iteration = SIDES[options.side](options.minibatches, options.ragged)
     before = memory()
     for _ in range(2):  # Adam's moments are there from the second on
         began = time.process_time()

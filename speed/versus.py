@@ -1,31 +1,38 @@
 """This code and what a user would run instead, in turn in one process, on one core.
 
     python speed/versus.py sft          a training step: ragged rows, rows of one length
-    python speed/versus.py generate     96 new tokens from 16 and from 64 prompts
+    python speed/versus.py generate     answers of 96 tokens, and ragged ones
     python speed/versus.py head         a training step with a vocabulary of 32,000
     python speed/versus.py ppo          a PPO iteration, against TRL's trainer
+    python speed/versus.py eval         multiple choice, against lm-evaluation-harness
     python speed/versus.py memory       the memory of both, each in a process of its own
     python speed/versus.py all --rounds=5 --dtype=bfloat16
 
-For development: needs `pip install transformers trl==1.12.0`. A number is the other's CPU time over
-ours, the median of the rounds with the smallest and largest, above 1 where this code is faster. The
-model is random, 6 layers of 288 (8.3 million parameters with a vocabulary of 4,096), the tokens
-too. Ragged rows have log-normal lengths, median 60, at most 256. transformers gets them padded,
-padded with like lengths together, laid end to end in one row (DataCollatorWithFlattening), and
-packed into rows of 256. Memory is allocated as users of either have it (parallel.keep_freed_memory
-is ours). A share is of the fastest matrix product measured beside it.
+For development: needs `pip install transformers trl==1.12.0 lm_eval`. A number is the other's CPU
+time over ours, the median of the rounds with the smallest and largest, above 1 where this code is
+faster. The model is random, 6 layers of 288 (8.3 million parameters with a vocabulary of 4,096),
+the tokens too. Ragged rows have log-normal lengths, median 60, at most 256. transformers gets them
+padded, padded with like lengths together, laid end to end in one row (DataCollatorWithFlattening),
+and packed into rows of 256. Ragged answers are 32 tokens long on average, at most 96, the same ones
+for all. Memory is allocated as users of either have it (parallel.keep_freed_memory is ours). A
+share is of the fastest matrix product measured beside it.
 """
 from __future__ import annotations
 
 import argparse
 import ctypes
 import gc
+import io
 import statistics
 import subprocess
 import sys
 import time
+from contextlib import contextmanager, redirect_stderr
+from copy import deepcopy
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Iterable, Iterator, Sequence
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -35,6 +42,8 @@ from torch import Tensor, nn
 
 import parallel
 import sft
+from benchmarks.engine import Engine
+from benchmarks.questions import Request
 from data import pad
 from model import ModelConfig, Transformer, generate
 from speed import iteration
@@ -43,6 +52,8 @@ from weights.initial import init_weights
 
 Work = Callable[[], Any]
 Rows = list[list[int]]
+Questions = Sequence[Sequence[Request]]           # requests of every question
+Scores = Callable[[int, Questions], list[float]]  # (batch size, questions) -> logprobs [nats]
 IGNORED = -100  # a label that transformers leaves out of its loss
 
 
@@ -77,26 +88,36 @@ def cpu_seconds(work: Work) -> float:
     return time.process_time() - began
 
 
-def race(name: str, ours: Work, rivals: dict[str, Work], rounds: int, flops: float = 0) -> None:
-    """Run all in turn, `rounds` times after a warm-up, and print ratios."""
-    runners = {"ours": ours, **rivals}
+def measure(runners: dict[str, Work], rounds: int) -> dict[str, list[float]]:
+    """Run all in turn, `rounds` times after a warm-up; return the CPU seconds of each."""
     for work in runners.values():
         work()
     seconds: dict[str, list[float]] = {runner: [] for runner in runners}
     for _ in range(rounds):
         for runner, work in runners.items():
-            if runner == "ours":
+            if runner.startswith("ours"):
                 parallel.keep_freed_memory()
             else:
                 allocate_as_usual()
             seconds[runner].append(cpu_seconds(work))
+    return seconds
+
+
+def spread(values: Iterable[float]) -> str:
+    """Return the median, with the smallest and the largest."""
+    ordered = sorted(values)
+    return f"{statistics.median(ordered):.2f} x  ({ordered[0]:.2f} to {ordered[-1]:.2f})"
+
+
+def race(name: str, ours: Work, rivals: dict[str, Work], rounds: int, flops: float = 0) -> None:
+    """Run all in turn and print ratios."""
+    seconds = measure({"ours": ours, **rivals}, rounds)
     best = statistics.median(seconds["ours"])
     share = f", {100 * flops / best / peak():.0f} % of the peak" if flops else ""
     print(f"\n{name}: ours {best:.2f} s{share}")
     for rival in rivals:
-        ratios = sorted(b / a for a, b in zip(seconds["ours"], seconds[rival]))
-        print(f"  {rival:<28} {statistics.median(ratios):.2f} x  ({ratios[0]:.2f} to "
-              f"{ratios[-1]:.2f})", flush=True)
+        ratios = spread(b / a for a, b in zip(seconds["ours"], seconds[rival]))
+        print(f"  {rival:<30} {ratios}", flush=True)
 
 
 def peak() -> float:
@@ -111,11 +132,13 @@ def peak() -> float:
 # ---------------------------------------------------------------------------------------------
 # Training
 
-def ragged_rows(n: int, vocab_size: int) -> Rows:
-    """Draw rows of random tokens with log-normal lengths: median 60, from 8 to 256."""
-    g = torch.Generator().manual_seed(0)
-    lengths = (60 * torch.randn(n, generator=g).mul(0.8).exp()).clamp(8, 256).long().tolist()
-    return [torch.randint(3, vocab_size, (length,), generator=g).tolist() for length in lengths]
+def ragged_rows(n: int, vocab_size: int, median: int = 60, sigma: float = 0.8, least: int = 8,
+                most: int = 256, seed: int = 0) -> Rows:
+    """Draw rows of random tokens with log-normal lengths."""
+    g = torch.Generator().manual_seed(seed)
+    lengths = (median * torch.randn(n, generator=g).mul(sigma).exp()).clamp(least, most).long()
+    return [torch.randint(3, vocab_size, (length,), generator=g).tolist()
+            for length in lengths.tolist()]
 
 
 def step_of_ours(model: Transformer, optimizer: torch.optim.Optimizer, rows: Rows) -> None:
@@ -233,29 +256,96 @@ def race_head(rounds: int) -> None:
 
 def race_generate(rounds: int) -> None:
     """Sample 96 tokens from prompts of 32; then answers that end after 32 on average."""
-    from transformers import GenerationConfig, LogitsProcessorList
     ours, theirs = models(4096)
     theirs.eval()
-    g = torch.Generator().manual_seed(0)
     for size in (16, 64):
-        prompts = torch.randint(3, 4096, (size, 32), generator=g)
-        lengths = torch.empty(size).geometric_(1 / 32, generator=g).clamp(1, 96).long()
-
-        def rival(cache: str, is_ragged: bool = False) -> Work:
-            settings = GenerationConfig(
-                do_sample=True, top_k=0, max_new_tokens=96, cache_implementation=cache,
-                eos_token_id=2 if is_ragged else None, pad_token_id=0, disable_compile=True)
-            ends = LogitsProcessorList([EndTheirs(lengths, 32)] if is_ragged else [])
-            return lambda: theirs.generate(
-                prompts, attention_mask=torch.ones_like(prompts), generation_config=settings,
-                logits_processor=ends)
-
+        prompts = random_prompts(size)
         rows = prompts.tolist()
         race(f"generate, {size} x 96 tokens", lambda: generate(ours, rows, 96),
-             {"dynamic cache": rival("dynamic"), "static cache": rival("static")}, rounds)
-        race(f"generate, {size} ragged answers ({int(lengths.sum())} tokens)",
-             lambda: generate(ours, rows, 96, stop=EndOurs(lengths)),
-             {"dynamic cache": rival("dynamic", is_ragged=True)}, rounds)
+             {f"{cache} cache": dynamic(theirs, prompts, size, cache=cache)
+              for cache in ("dynamic", "static")}, rounds)
+    for size, slots in ((16, 16), (64, 64), (256, 64)):
+        race_ragged(ours, theirs, random_prompts(size), slots, rounds)
+    race_sizes(ours, rounds)
+
+
+def random_prompts(size: int) -> Tensor:
+    """Draw prompts, (size, 32) int64."""
+    g = torch.Generator().manual_seed(0)
+    return torch.randint(3, 4096, (size, 32), generator=g)
+
+
+def race_ragged(ours: Transformer, theirs: nn.Module, prompts: Tensor, slots: int,
+                rounds: int) -> None:
+    """Answer as many prompts at once as there are slots, until all have their answer."""
+    rows = prompts.tolist()
+    ends = EndOurs(32, 96)
+    lengths = ends.foretell(ours, rows)
+    with continuous(theirs, rows, lengths.tolist(), slots) as paged:
+        race(f"generate, {len(rows)} ragged answers ({int(lengths.sum())} tokens), {slots} at once",
+             lambda: generate(ours, rows, 96, batch_size=slots, stop=ends),
+             {"dynamic cache": dynamic(theirs, prompts, slots, lengths),
+              "continuous batching": paged}, rounds)
+
+
+def dynamic(model: nn.Module, prompts: Tensor, slots: int, lengths: Tensor | None = None,
+            cache: str = "dynamic") -> Work:
+    """Return what calls transformers' generate for `slots` prompts at a time."""
+    from transformers import GenerationConfig, LogitsProcessorList
+    is_ragged = lengths is not None
+    settings = GenerationConfig(
+        do_sample=True, top_k=0, max_new_tokens=96, cache_implementation=cache,
+        eos_token_id=iteration.EOS if is_ragged else None, pad_token_id=0, disable_compile=True)
+
+    def work() -> None:
+        for start in range(0, len(prompts), slots):
+            part = slice(start, start + slots)
+            ends = [EndTheirs(lengths[part], prompts.size(1))] if is_ragged else []
+            model.generate(prompts[part], attention_mask=torch.ones_like(prompts[part]),
+                           generation_config=settings, logits_processor=LogitsProcessorList(ends))
+
+    return work
+
+
+@contextmanager
+def continuous(model: nn.Module, prompts: Rows, lengths: list[int], slots: int) -> Iterator[Work]:
+    """Yield what hands prompts to transformers' continuous batching, which waits in a thread.
+
+    Its memory is there before, and has room for `slots` answers and all their prompts in a batch.
+    """
+    from transformers import ContinuousBatchingConfig, GenerationConfig
+    room = ContinuousBatchingConfig(
+        page_size=32, num_blocks=4 * slots, max_batch_tokens=32 * slots, safety_margin=0.0,
+        max_requests_per_batch=slots, allow_block_sharing=False, auto_switch_to_flash=False)
+    settings = GenerationConfig(do_sample=True, top_k=0, eos_token_id=-1)
+    if torch.is_autocast_enabled("cpu"):  # a thread knows nothing of it
+        model = deepcopy(model).bfloat16()
+    manager = model.init_continuous_batching(settings, room)
+
+    def work() -> None:
+        for prompt, length in zip(prompts, lengths):
+            manager.add_request(prompt, max_new_tokens=length)
+        answers = [manager.get_result(timeout=600) for _ in prompts]
+        assert sum(len(answer.generated_tokens) for answer in answers) == sum(lengths)
+
+    manager.start()
+    try:
+        yield work
+    finally:
+        manager.stop()
+
+
+def race_sizes(model: Transformer, rounds: int) -> None:
+    """Print tokens a second of ours for few and many prompts, all at once."""
+    sizes = (64, 256, 1024)
+    seconds = measure({f"ours, {size}": partial(generate, model, random_prompts(size).tolist(), 48)
+                       for size in sizes}, rounds)
+    print("\ngenerate, any number of prompts x 48 tokens, all at once; ratios to 64 prompts")
+    for size in sizes:
+        own, fewest = seconds[f"ours, {size}"], seconds[f"ours, {sizes[0]}"]
+        rate = size * 48 / statistics.median(own)
+        ratios = spread(few * size / (sizes[0] * many) for few, many in zip(fewest, own))
+        print(f"  {size:>4} prompts: {rate:.0f} tokens/s {ratios}", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -281,8 +371,67 @@ def race_memory(rounds: int) -> None:
             print(f"  {side:<5}{done.stdout.splitlines()[-1].split('; ')[1]}", flush=True)
 
 
+# ---------------------------------------------------------------------------------------------
+# Multiple choice
+
+def race_eval(rounds: int) -> None:
+    """Score four choices of each of 200 questions, with lengths as in ARC-e.
+
+    Each side first finds its best size of a batch, on 64 of them.
+    """
+    ours, theirs = models(4096)
+    contexts = ragged_rows(200, 4096, 24, 0.45, 10, 95)
+    choices = ragged_rows(800, 4096, 3, 0.8, 1, 16, seed=1)
+    questions = [[Request(tuple(context), tuple(choice)) for choice in choices[4 * i:4 * i + 4]]
+                 for i, context in enumerate(contexts)]
+    score, score_theirs = our_scores(ours), harness_scores(theirs.eval())
+    tokens = fastest(score, (256, 512, 1024, 2048), questions[:64])
+    requests = fastest(score_theirs, (4, 8, 16, 32), questions[:64])
+    pairs = zip(score(tokens, questions), score_theirs(requests, questions), strict=True)
+    difference = max(abs(a - b) for a, b in pairs)
+    race(f"200 questions with four choices, {tokens} tokens a batch; the largest difference is "
+         f"{difference:.0e} nats", lambda: score(tokens, questions),
+         {f"harness, {requests} requests a batch": lambda: score_theirs(requests, questions)},
+         rounds)
+
+
+def fastest(score: Scores, sizes: Sequence[int], questions: Questions) -> int:
+    """Return the batch size with which questions are scored fastest."""
+    score(sizes[0], questions)
+    return min(sizes, key=lambda size: cpu_seconds(lambda: score(size, questions)))
+
+
+def our_scores(model: Transformer) -> Scores:
+    machine = parallel.Machine(0, 1, torch.device("cpu"), torch.float32)
+    engine = Engine(model, None, machine, batch_tokens=1)  # ids need no tokenizer
+
+    def score(size: int, questions: Questions) -> list[float]:
+        with redirect_stderr(io.StringIO()):  # its progress
+            found = replace(engine, batch_tokens=size).score(questions, "ours")
+        return [one.logprob for question in found for one in question]
+
+    return score
+
+
+def harness_scores(model: nn.Module) -> Scores:
+    """Return what lm-evaluation-harness does with its Hugging Face backend."""
+    from lm_eval.models.huggingface import HFLM
+    harness = HFLM(model, tokenizer=iteration.tokenizer())
+
+    def score(size: int, questions: Questions) -> list[float]:
+        harness.batch_size_per_gpu = size
+        flat = [request for question in questions for request in question]
+        # the first field stands for the texts, by which the harness knows a request again
+        rows = [(("", str(i)), list(request.context), list(request.continuation))
+                for i, request in enumerate(flat)]
+        found = harness._loglikelihood_tokens(rows, disable_tqdm=True)
+        return [logprob for logprob, _is_greedy in found]
+
+    return score
+
+
 RACES = {"sft": race_sft, "generate": race_generate, "head": race_head, "ppo": race_ppo,
-         "memory": race_memory}
+         "eval": race_eval, "memory": race_memory}
 
 
 def main() -> None:
