@@ -21,6 +21,7 @@ from run.folder import Run, load_model
 from run.models import policy_path, ranker, to_text
 from run.rankings import check_drawn, check_ranks, check_rows, order_of
 from run.sources import Source, prompt_of, prompt_row
+from run.written import is_whole, sealed
 
 
 def run_sample(run: Run, source: Source) -> None:
@@ -43,7 +44,7 @@ def run_sample(run: Run, source: Source) -> None:
                                        derive(config.seed, "sample"))
                 done.update(zip(rows, groups))
                 append_line(drawn_folder(run) / f"rank{machine.rank:05d}.jsonl",
-                            {"rows": list(rows), "responses": groups})
+                            sealed({"rows": list(rows), "responses": groups}))
             drawn += [done[row] for row in rows]
             bar.update(len(rows))
             if stopping.received:
@@ -77,7 +78,8 @@ def drawn_before(run: Run) -> dict[int, list[list[int]]]:
     for file in sorted(drawn_folder(run).glob("rank*.jsonl")):
         cut_torn_line(file)
         for batch in read_log(file):
-            done.update(zip(batch["rows"], batch["responses"]))
+            if is_whole(batch):
+                done.update(zip(batch["rows"], batch["responses"]))
     return done
 
 

@@ -17,6 +17,7 @@ from run.folder import Run, load_model, timings
 from run.models import (answer, base_model, best_of, pays_by_function, ranker, reward_model,
                         score_all, to_text)
 from run.sources import Source
+from run.written import is_whole, sealed
 
 # Prompts and the ids of their answers -> what each answer is worth, by metric.
 Judge = Callable[[Sequence[Prompt], Sequence[list[int]]], list[dict[str, float]]]
@@ -119,10 +120,10 @@ def clear_answers(run: Run) -> None:
 def kept_answers(run: Run, name: str, make: Callable[[], dict]) -> dict[str, list[list[int]]]:
     """Return a model's answers: those that an interrupted evaluation had, or new ones."""
     path = run.out / "checkpoints" / "eval" / f"{name}.json"
-    given = parallel.from_main(lambda: read_json(path) if path.exists() else None)
-    if given is None:
+    given = parallel.from_main(lambda: read_json(path) if path.exists() else {})
+    if not is_whole(given):
         given = make()
-        parallel.from_main(lambda: write_json(path, given))
+        parallel.from_main(lambda: write_json(path, sealed(given)))
     return given
 
 

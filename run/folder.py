@@ -79,12 +79,18 @@ class Run:
 
 def find_result(config: Config, out: Path, name: str) -> Path | None:
     """Look for a result in a run's folder, then in its base's, then in the base's base's ..."""
+    return next((folder / name for folder in folders_of(config, out) if (folder / name).exists()),
+                None)
+
+
+def folders_of(config: Config, out: Path) -> list[Path]:
+    """Return the folders that a run builds on: its own, its base's, the base's base's ..."""
     folders = [out]
     base = config.base
     while base and Path(base) not in folders:
         folders.append(Path(base))
         base = config_from_file(Path(base, "config.json")).get("base", "")
-    return next((folder / name for folder in folders if (folder / name).exists()), None)
+    return folders
 
 
 def prepare_tokenizer(config: Config, out: Path) -> Tokenizer:

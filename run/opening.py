@@ -27,8 +27,9 @@ from formats.files import LOGS, cut_torn_line, naming, read_json, write_json
 from parallel import Machine
 from run import planner, stopping
 from run.continuing import changes
-from run.folder import Run, prepare_tokenizer, record_time
+from run.folder import Run, folders_of, prepare_tokenizer, record_time
 from run.settings import Config, flatten
+from run.written import check_written, note_written, sealed
 
 # What a disk says that is full, or that nobody may write to.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -54,6 +55,8 @@ def opened_run(config: Config, machine: Machine, results: Mapping[str, str]) -> 
         lock = parallel.from_main(partial(take_lock, out))
         try:
             parallel.from_main(partial(drop_served, out, results))
+            for folder in folders_of(config, out):
+                parallel.from_main(partial(check_written, folder))
             run = prepare(config, machine, out)
             with run.saving.writer:
                 yield run
@@ -110,12 +113,11 @@ def record_config(config: Config, out: Path, world: int) -> None:
     settings = json.loads(json.dumps({**settings, "out": str(out)}))  # as the file will hold them
     earlier = read_json(path) if path.exists() else {}
     before, changed = earlier.get("changes"), changes(earlier.get("config", {}), settings)
-    write_json(path, {"config": settings, "not_default": not_default,
-                      "changes": [*(before if isinstance(before, list) else []),
-                                  *([changed] if changed else [])],
-                      "processes": world, "git": git_revision(),
-                      "versions": {"python": platform.python_version(),
-                                   "torch": torch.__version__}})
+    write_json(path, sealed({
+        "config": settings, "not_default": not_default,
+        "changes": [*(before if isinstance(before, list) else []), *([changed] if changed else [])],
+        "processes": world, "git": git_revision(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__}}))
 
 
 def git_revision() -> str | None:
@@ -202,7 +204,7 @@ def drop_served(out: Path, results: Mapping[str, str]) -> None:
 
 @contextmanager
 def in_stage(run: Run, name: str) -> Iterator[None]:
-    """Run a stage inside: its time is written down, and an error of it carries its name."""
+    """Run a stage inside: its time and checksums are written down, an error carries its name."""
     stopping.stop_if_asked(f"before stage {name}")
     began = time.perf_counter()
     try:
@@ -211,6 +213,8 @@ def in_stage(run: Run, name: str) -> Iterator[None]:
         error.__notes__ = [f"stage {name}: "]
         raise
     record_time(run, name, time.perf_counter() - began)
+    if run.machine.is_main:
+        note_written(run.out)
 
 
 def command(config: Config, out: Path, world: int, every: Sequence[str]) -> str:

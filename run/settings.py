@@ -29,6 +29,7 @@ from ppo import PPOConfig, one_of
 from reward import RewardConfig
 from run import continuing
 from run.continuing import PER_CALL, shown
+from run.written import is_whole
 from sft import SFTConfig, TopConfig
 from weights import read_config
 
@@ -224,6 +225,9 @@ def config_from_file(path: str | Path) -> dict[str, Any]:
     content = read_json(Path(path))
     if not isinstance(content.get("config"), dict):
         raise ValueError(f'{path}: has no "config" object: give the config.json of a run folder')
+    if "crc32" in content and not is_whole(content):
+        raise ValueError(f'{path}: is not what was written: put it back from a copy; if it is '
+                         'meant to be so, take its "crc32" out')
     changed = content.get("not_default") if isinstance(content.get("not_default"), list) else []
     types = flag_types()
     values: dict[str, Any] = {}

@@ -79,6 +79,8 @@ class Source(ABC):
             raise ValueError("the evaluation needs prompts that no stage has seen: give --eval."
                              "prompts=FILE, or --ppo.prompts=FILE with --eval.holdout above 0")
         rows = read_jsonl(path)
+        if not rows:
+            raise ValueError(f"{path}: holds no prompt: put it back from a copy")
         return self.encode([prompt_of(row, f"{path}:{n}") for n, row in enumerate(rows, 1)], "eval")
 
     def demonstrations(self) -> Sequence[TokenizedDialogue]:

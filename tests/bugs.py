@@ -784,4 +784,12 @@ MUTANTS = [
            "if len(parts[i]) < size:",
            "if True:",
            "data::test_microbatches_by_hand"),
+    Mutant("what a stage left is taken as it is, whatever became of it", "run/written",
+           "if is_there(out, name) and found.get(name) != checksum:",
+           "if False:",
+           "damage::test_a_damaged_file_is_named_or_changes_nothing"),
+    Mutant("drawn responses are taken as they are", "run/annotation",
+           "            if is_whole(batch):\n",
+           "            if True:\n",
+           "damage::test_a_damaged_file_is_named_or_changes_nothing"),
 ]

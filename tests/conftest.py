@@ -8,6 +8,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from evaluation import report
 from model import ModelConfig, ScalarModel, Transformer
 from weights.initial import init_weights
 
@@ -21,6 +22,12 @@ def finished(tmp_path_factory) -> tuple[Path, dict]:
 
     out = tmp_path_factory.mktemp("runs") / "a"
     return out, golden.tiny_run(out, "--checkpoint_every=10")
+
+
+@pytest.fixture(autouse=True)
+def without_plots(monkeypatch):
+    """Drawing takes longer than a tiny run: `finished`, made before this, has plots and no other run."""
+    monkeypatch.setattr(report, "write_plots", lambda *_: [])
 
 
 @pytest.fixture

@@ -1,17 +1,22 @@
 """What a run folder survives: torn lines, half-written files, damaged checkpoints, a full disk."""
 
 import ast
+import errno
 import json
 import os
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
 import golden
+import kill
 import train
+import weights
 from data import open_tokenizer
+from formats import files
 from formats.files import append_line, cut_torn_line, whole_file, write_json, write_jsonl, write_text
 from model import ScalarModel, Transformer
 from run import checkpoints
@@ -346,19 +351,78 @@ class Full:
             raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize("room", [0, 200_000, 600_000])
-def test_a_full_disk_gets_one_line(finished, tmp_path, monkeypatch, room):
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A run of a few steps a stage."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    train.main([*kill.FLAGS, f"--out={out}"])
+    return out
+
+
+@pytest.mark.parametrize("room", [0, 60_000])
+def test_a_full_disk_gets_one_line(whole, tmp_path, monkeypatch, room):
     """Wherever it fills: with path, what is free, and how to go on; then the run ends as one on a large disk."""
     out = tmp_path / "run"
     monkeypatch.setattr(os, "fsync", Full(room).fsync)
     with pytest.raises(ValueError) as error:
-        golden.tiny_run(out, "--checkpoint_every=30")
+        train.main([*kill.FLAGS, f"--out={out}"])
     monkeypatch.undo()
     said = str(error.value)
     assert said.startswith(str(out)) and "No space left on device" in said and " MB are free; make room, then continue with: " in said
     is_begun = (out / "config.json").exists()
     assert said.endswith(f"python train.py --out={out} --resume" if is_begun else "the same command") and "\n" not in said
-    assert golden.tiny_run(out, "--checkpoint_every=30", *["--resume"] * is_begun) == finished[1]
+    train.main([*kill.FLAGS, f"--out={out}", *["--resume"] * is_begun])
+    assert kill.bytes_of(out) == kill.bytes_of(whole)
+
+
+class Bad:
+    """A disk that is full, or that nobody may write to, while it is told so."""
+
+    def __init__(self, monkeypatch, error: int) -> None:
+        self.error, self.begins, self.mkdir = error, None, os.mkdir
+        for module in (files, weights.files):
+            monkeypatch.setattr(module, "open", self.open, raising=False)
+        monkeypatch.setattr(os, "mkdir", self.make)
+
+    def refuses(self, path: Path) -> bool:
+        return self.begins is not None and str(path).startswith(str(self.begins))
+
+    def open(self, path: Path, mode: str = "r", **options):
+        if not set(mode) & set("wa") or not self.refuses(path):
+            return open(path, mode, **options)
+        if self.error == errno.EROFS:
+            raise OSError(self.error, os.strerror(self.error), str(path))
+        return open("/dev/full", mode, **options)
+
+    def make(self, path: Path, *rest) -> None:
+        if self.error == errno.EROFS and self.refuses(path):
+            raise OSError(self.error, os.strerror(self.error), str(path))
+        self.mkdir(path, *rest)
+
+
+@pytest.mark.parametrize("where", ["at once", "at the result"])
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EROFS])
+def test_a_bad_disk_in_every_stage(whole, tmp_path, monkeypatch, error, where):
+    """One line with path and command, in each stage of one run; continued, it ends as one on a sound disk."""
+    out, disk, in_stage, now = tmp_path / "run", Bad(monkeypatch, error), train.in_stage, []
+
+    @contextmanager
+    def watched(run, name):
+        with in_stage(run, name):
+            disk.begins = (out / train.STAGES[name].result if where == "at the result" else out) if name == now[-1] else None
+            yield
+
+    monkeypatch.setattr(train, "in_stage", watched)
+    for stage in train.STAGES:
+        now.append(stage)
+        with pytest.raises(ValueError) as told:
+            train.main([*kill.FLAGS, f"--out={out}", *["--resume"] * (stage != "sft")])
+        disk.begins, said = None, str(told.value)
+        assert said.startswith(f"{out}/") and f": {os.strerror(error)}" in said and "\n" not in said, said
+        assert said.endswith(f", then continue with: python train.py --out={out} --resume") and not (out / train.STAGES[stage].result).exists()
+    now.append("")
+    train.main([f"--out={out}", "--resume"])
+    assert kill.bytes_of(out) == kill.bytes_of(whole)
 
 
 def test_a_log_on_a_full_disk(tmp_path):

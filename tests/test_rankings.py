@@ -110,6 +110,7 @@ def test_half_a_file_is_refused(sampled):
     whole = annotate(sampled, rows)
     half = "".join(json.dumps(row) + "\n" for row in whole[:20])
     (sampled / "ranked.jsonl").write_text(half)
+    (sampled / "checksums.json").unlink()  # by which any change would be refused
     with pytest.raises(ValueError, match=r"ranked.jsonl: holds 20 of 40 prompts"):
         train.main([f"--out={sampled}", "--stages=reward"])
     whole[7]["ranks"][0] = math.nan

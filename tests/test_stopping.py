@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 import golden
+import kill
 import parallel
 import train
-from kill import bytes_of
 from run import annotation, comparison, opening, stopping
 
 ROOT = Path(__file__).parents[1]
@@ -39,7 +39,7 @@ def signalled(number: int) -> None:
 
 def hook(monkeypatch, stage: str, number: int) -> None:
     """Send a signal in the middle of a stage."""
-    if stage in ("sft", "reward", "ppo"):
+    if stage == "sft":
         keep = train.keep
 
         def asked(run, name, step, *rest):
@@ -62,43 +62,41 @@ def hook(monkeypatch, stage: str, number: int) -> None:
     monkeypatch.setattr(module, name, asked_once)
 
 
-SMALL = ["--checkpoint_every=0", "--reward.generation_batch=16"]
-WHERE = {"sft": "after step 2 of 64 of stage sft", "reward": "after step 2 of ", "ppo": "after step 2 of 3 of stage ppo",
-         "sample": "within stage sample, after 32 of ", "annotate": "before stage top",
-         "eval": "within stage eval, before the answers of best-of-5"}
+SMALL = [*kill.FLAGS, "--checkpoint_every=0"]
+WHERE = {"sft": "after step 2 of 8 of stage sft", "annotate": "before stage top"}
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> tuple[Path, dict]:
+def undisturbed(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "a"
-    return out, golden.tiny_run(out, *SMALL)
+    train.main([*SMALL, f"--out={out}"])
+    return out
 
 
 @pytest.mark.parametrize("stage", WHERE)
 def test_a_signal_ends_the_step_and_saves(undisturbed, tmp_path, monkeypatch, capsys, stage):
-    """Exit 0, one line with the command that continues; then the run ends as one that was never stopped."""
-    out, number = tmp_path / "run", signal.SIGINT if stage in ("reward", "eval") else signal.SIGTERM
+    """One line with the command that continues; then the run ends as one that was never stopped. Every stage: test_kill.py."""
+    out, number = tmp_path / "run", signal.SIGINT if stage == "sft" else signal.SIGTERM
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     hook(monkeypatch, stage, number)
-    train.main([*golden.FLAGS, f"--out={out}", *SMALL])
+    train.main([*SMALL, f"--out={out}"])
     monkeypatch.undo()
     said = capsys.readouterr()
     (line,) = [line for line in said.out.splitlines() if line.startswith("stopped, as asked, ")]
     assert WHERE[stage] in line and line.endswith(f"; continue with: python train.py --out={out} --resume")
     assert "once more to stop at once" in said.err and not (out / "lock").exists()
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
-    assert not (out / "answers.jsonl").exists()
     if stage == "sft":
         with pytest.raises(ValueError, match="stage sft was begun and not finished: continue with --resume"):
-            golden.tiny_run(out, *SMALL)
-    golden.tiny_run(out, "--resume")
-    assert bytes_of(out) == bytes_of(undisturbed[0])
+            train.main([*SMALL, f"--out={out}"])
+    train.main([f"--out={out}", "--resume"])
+    assert kill.bytes_of(out) == kill.bytes_of(undisturbed)
 
 
 def test_sampling_is_not_done_twice(undisturbed, tmp_path, monkeypatch):
     """A resumed stage draws what is missing; a torn line of what was drawn is drawn again."""
     out = tmp_path / "run"
-    shutil.copytree(undisturbed[0], out)
+    shutil.copytree(undisturbed, out)
     (out / "to_rank.jsonl").unlink()
     flags = ["--resume", "--stages=sample"]
     hook(monkeypatch, "sample", signal.SIGTERM)
@@ -114,13 +112,13 @@ def test_sampling_is_not_done_twice(undisturbed, tmp_path, monkeypatch):
 
     monkeypatch.setattr(annotation.reward, "sample", look)
     train.main([f"--out={out}", *flags])
-    assert rows == list(range(16, 40))
-    assert (out / "to_rank.jsonl").read_bytes() == (undisturbed[0] / "to_rank.jsonl").read_bytes()
+    assert rows == list(range(4, 24))
+    assert (out / "to_rank.jsonl").read_bytes() == (undisturbed / "to_rank.jsonl").read_bytes()
 
 
 def test_models_that_have_answered_are_not_asked_again(undisturbed, tmp_path, monkeypatch):
     out = tmp_path / "run"
-    shutil.copytree(undisturbed[0], out)
+    shutil.copytree(undisturbed, out)
     (out / "eval.json").unlink()
     flags = ["--resume", "--stages=eval"]
     hook(monkeypatch, "eval", signal.SIGTERM)
@@ -134,8 +132,8 @@ def test_models_that_have_answered_are_not_asked_again(undisturbed, tmp_path, mo
 
     monkeypatch.setattr(comparison, "ask", look)
     train.main([f"--out={out}", *flags])
-    assert asked == ["best-of-5", "ppo"]
-    assert bytes_of(out) == bytes_of(undisturbed[0])
+    assert asked == ["best-of-2", "ppo"]
+    assert kill.bytes_of(out) == kill.bytes_of(undisturbed)
 
 
 # The main thread waits in C, as in a collective: no handler of Python's runs.

@@ -87,6 +87,7 @@ def test_files_of_a_run(finished):
         "eval.json",
         "report.md",
         "seconds.json",
+        "checksums.json",
     }
     for name in ("sft", "reward", "ppo"):
         assert {path.name for path in (out / name).iterdir()} >= {
