@@ -26,7 +26,7 @@ TABLE = Path(__file__).with_name("MUTANTS.md")
 TESTS = ["update", "ppo", "oracle", "metamorphic", "reward", "model", "learning", "data", "sources",
          "flags", "settings", "continuing", "health", "rankings", "train", "switches", "parallel",
          "weights", "eval", "microcosm", "sandbox", "benchmarks", "plan", "closed_form", "reports",
-         "checkpoints", "folder", "stopping", "kill"]
+         "checkpoints", "saving", "sharing", "folder", "damage", "stopping", "kill"]
 LEFT_OUT = (".git", ".venv", "runs", "__pycache__", ".pytest_cache", ".ruff_cache")
 FAILED, NOTHING_RAN = 1, 5  # pytest's exit statuses
 LIMIT = 900  # seconds, after which a test file has hung, which is noticed too

@@ -19,6 +19,7 @@ from model import ScalarModel, Transformer, generate
 from run import folder, opening, settings, sources
 from run.sources import prompt_key
 from weights import load_pretrained
+from weights.files import accept_changed
 
 LENGTHS = ["--data.template=plain", "--data.max_prompt_tokens=60", "--data.max_response_tokens=12"]
 SMALL = [
@@ -253,6 +254,7 @@ def test_settings_of_another_version_are_named_and_left(finished, tmp_path, caps
     shutil.copytree(finished[0], base)
     content = json.loads((base / "config.json").read_text())
     content["config"]["ppo.forgotten"] = 3
+    del content["crc32"]
     (base / "config.json").write_text(json.dumps(content))
     config = settings.parse_args([f"--base={base}", "--stages=eval"], train.STAGES)
     assert config.model.dim == 32
@@ -308,6 +310,7 @@ def test_a_reward_model_with_another_tokenizer_or_a_short_context_is_refused(fin
     other = tmp_path / "other"
     shutil.copytree(out / "reward", other)
     sources.microcosm.train_tokenizer(other / "tokenizer.model", 600)
+    accept_changed(other)
     with pytest.raises(ValueError, match="is not the actor's"):
         train.main(
             [
@@ -322,6 +325,7 @@ def test_a_reward_model_with_another_tokenizer_or_a_short_context_is_refused(fin
     content = json.loads((short / "config.json").read_text())
     content["max_position_embeddings"] = 64
     (short / "config.json").write_text(json.dumps(content))
+    accept_changed(short)
     with pytest.raises(ValueError, match="exceeds the context of --reward.model"):
         train.main(
             [
