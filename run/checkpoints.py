@@ -8,10 +8,8 @@ the first one that comes waits until a thread has copied them, and none waits fo
 """
 from __future__ import annotations
 
-import json
 import shutil
 import time
-import zlib
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from copy import deepcopy
 from functools import partial
@@ -29,6 +27,7 @@ from formats.files import (LOGS, log_to_disk, names_to_disk, put_in_place, read_
 from parallel import Machine, local_part, reshard, split_like
 from run import stopping
 from run.folder import Run
+from run.written import is_whole, sealed
 from weights import check_sum, read_safetensors, stored_sum, write_safetensors
 
 # What a stage trains, by the names under which a checkpoint keeps it: models and their optimizers.
@@ -218,7 +217,7 @@ def shard_name(rank: int) -> str:
 def put_checkpoint_in_place(path: Path, content: dict[str, Any], kept: int) -> None:
     """Write state.json, give the folder its name, and drop the checkpoints that have served."""
     new = partial_name(path)
-    write_json(new / "state.json", {"crc32": checksum_of(content), **content})
+    write_json(new / "state.json", sealed(content))
     names_to_disk(new)
     shutil.rmtree(path, ignore_errors=True)  # a damaged one, which was not resumed from
     put_in_place(new, path)
@@ -229,10 +228,6 @@ def put_checkpoint_in_place(path: Path, content: dict[str, Any], kept: int) -> N
             shutil.rmtree(old)
 
 
-def checksum_of(content: Mapping[str, Any]) -> str:
-    return f"{zlib.crc32(json.dumps(content).encode()):08x}"
-
-
 # ---------------------------------------------------------------------------------------------
 # Read
 
@@ -240,7 +235,7 @@ def read_state(path: Path) -> dict[str, Any]:
     """Read state.json; ValueError naming it if it is not what was written."""
     file = path / "state.json"
     content = read_json(file)
-    if content.pop("crc32", None) != checksum_of(content):
+    if not is_whole(content):
         raise ValueError(f"{file}: is not what was written")
     return content
 
