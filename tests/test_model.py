@@ -28,6 +28,7 @@ from model import (
     token_logprobs_and_entropy,
     token_values,
 )
+from sampling import Places
 from weights.initial import init_weights, random_weight, random_weights
 from evaluation.chat import stream
 
@@ -459,6 +460,14 @@ def test_places_that_get_free_go_to_prompts_that_wait(actor, size):
     begun = [len({row for step in steps[:n + 1] for row in step.rows.tolist()}) for n in range(len(steps))]
     assert max(sizes) == size and all(n > 0.85 * size for n, done in zip(sizes, begun) if done < 32)
     assert sum(sizes) == sum(map(len, whole.tokens))
+
+
+def test_a_place_whose_answer_is_over_stays_within_the_cache():
+    """It keeps step with the others, which may go on for long; the cache has 3 + 4 slots."""
+    batch = Places([[1, 5, 9]] * 2, 2, most=4)
+    for _ in range(6):
+        batch.go_on([7, 8], (), None)
+    assert batch.positions() == [6, 6] and not batch.active
 
 
 def test_stop_ends_a_row_once(actor):
