@@ -37,13 +37,18 @@ def check_predecessors(response_mask: Tensor) -> None:
         raise ValueError("the first token of a row has no predecessor, so nothing predicts it")
 
 
+def all_real(tokens: Tensor, attention_mask: Mask) -> Tensor:
+    """Return (B, T) bool: True where a token is real."""
+    return torch.ones_like(tokens).bool() if attention_mask is None else attention_mask
+
+
 def read_tokens(model: nn.Module | Tensor, tokens: Tensor, attention_mask: Mask,
                 response_mask: Mask, temperature: float, with_entropy: bool
                 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Return log-probabilities and entropies of M tokens, (M,), and the (B, T) mask of these."""
     if response_mask is None:
         # all real tokens but the first of each row, which is the first that the mask counts
-        real = torch.ones_like(tokens).bool() if attention_mask is None else attention_mask
+        real = all_real(tokens, attention_mask)
         response_mask = real & (real.cumsum(1) > 1)
     check_predecessors(response_mask)
     where = response_mask.roll(-1, dims=1)  # from the tokens to the positions that predict them
@@ -87,19 +92,17 @@ def token_values(critic: nn.Module, tokens: Tensor, attention_mask: Mask,
                  response_mask: Tensor) -> Tensor:
     """Return (B, T) float32: the value of the state before token t, zero outside the response."""
     check_predecessors(response_mask)
-    # the critic's word after token t - 1, moved from column t - 1 to t; what the roll carries
-    # around from the last column to the first is no value of anything, and masked
-    return critic(tokens, attention_mask).roll(1, dims=1).where(response_mask, 0.0)
+    # the critic's word after token t - 1, moved from column t - 1 to t
+    return critic(tokens, attention_mask, response_mask.roll(-1, dims=1)).roll(1, dims=1)
 
 
 def last_scores(reward_model: nn.Module, tokens: Tensor, attention_mask: Mask) -> Tensor:
     """Return (B,) float32: the scalar at each row's last real token, wherever the padding is."""
     # no shift here: the score is of all that was read, the last token included
-    scalars = reward_model(tokens, attention_mask)
-    if attention_mask is None:
-        return scalars[:, -1]
     columns = torch.arange(tokens.size(1), device=tokens.device)
-    last = columns.where(attention_mask, -1).amax(1, keepdim=True)  # (B, T) -> (B, 1)
+    real = all_real(tokens, attention_mask)
+    last = columns.where(real, -1).amax(1, keepdim=True)  # (B, T) -> (B, 1)
+    scalars = reward_model(tokens, attention_mask, columns == last)
     return scalars.gather(1, last)[:, 0]
 
 

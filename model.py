@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 # positions; what a model says of tokens; how a token is drawn, and noise: all of it under this
 # module's name too, model.token_logprobs, model.derive ...
-from logprobs import (Mask, finite, last_scores, token_logprobs, token_logprobs_and_entropy,
-                      token_values)
+from logprobs import (Mask, all_real, finite, last_scores, lay_out, token_logprobs,
+                      token_logprobs_and_entropy, token_values)
 from rotary import Rope, rope_table, rotate
 from sampling import (Ends, Generation, Places, Stop, check_lengths, choose, derive, filter_logits,
                       row_uniforms)
@@ -134,10 +134,10 @@ class Cache:
         self.keys = self.keys[rows]
         self.values = self.values[rows]
 
-    def copy(self, sources: list[int], targets: list[int]) -> None:
-        """Put into some rows what others hold."""
-        self.keys[targets] = self.keys[sources]
-        self.values[targets] = self.values[sources]
+    def copy(self, sources: list[int], targets: list[int], slots: int) -> None:
+        """Put into some rows what others hold in their first slots."""
+        self.keys[targets, :, :slots] = self.keys[sources, :, :slots]
+        self.values[targets, :, :slots] = self.values[sources, :, :slots]
 
 
 class RMSNorm(nn.Module):
@@ -237,9 +237,12 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = FeedForward(config)
 
-    def forward(self, x: Tensor, rope: Rope, layout: Layout, cache: Cache | None) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, layout: Layout, cache: Cache | None,
+                wanted: Tensor | None = None) -> Tensor:
         # each half reads a normed copy and adds to the stream, which is itself never normed
         x = x + self.self_attn(self.input_layernorm(x), rope, layout, cache)
+        if wanted is not None:
+            x = x.index_select(0, wanted)  # (N, D) -> (M, D)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -254,30 +257,28 @@ class Trunk(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, tokens: Tensor, attention_mask: Mask) -> tuple[Tensor, Tensor]:
-        """Return the hidden states (N, D) of the real tokens, and their places (N,)."""
+    def forward(self, tokens: Tensor, attention_mask: Mask, where: Tensor) -> Tensor:
+        """Return hidden states (M, D): of the tokens at `where`, (B, T) bool, in reading order."""
         layout, places = lay_out_rows(tokens, attention_mask)
-        flat = tokens.flatten()[places]  # (B * T,) -> (N,)
-        return self.run(flat, layout), places
+        flat = tokens.flatten()[places]              # (B * T,) -> (N,)
+        stands = torch.zeros_like(tokens).flatten()  # (B * T,): where in the stream a token is
+        stands[places] = torch.arange(len(places), device=places.device)
+        return self.run(flat, layout, wanted=stands[where.flatten()])
 
-    def run(self, flat: Tensor, layout: Layout, caches: Sequence[Cache] | None = None) -> Tensor:
-        """Map a stream of tokens (N,) to hidden states (N, D), through caches if there are any."""
+    def run(self, flat: Tensor, layout: Layout, caches: Sequence[Cache] | None = None,
+            wanted: Tensor | None = None) -> Tensor:
+        """Map a stream of tokens (N,) to states (N, D); with `wanted`, (M,) of them, to these."""
         rope = rope_table(layout.positions, self.config)
         x = self.embed_tokens(flat)
         for i, layer in enumerate(self.layers):
-            cache = caches[i] if caches else None
+            # after the last attention no token looks at another: what nobody wants stays behind
+            is_last = i == len(self.layers) - 1
+            parts = x, rope, layout, caches[i] if caches else None, wanted if is_last else None
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(layer, x, rope, layout, cache, use_reentrant=False)
+                x = checkpoint(layer, *parts, use_reentrant=False)
             else:
-                x = layer(x, rope, layout, cache)
+                x = layer(*parts)
         return self.norm(x)
-
-
-def unpack(x: Tensor, shape: torch.Size, places: Tensor) -> Tensor:
-    """Lay outputs, (N, C), out on the caller's grid, (B, T, C), zero where there is no token."""
-    where = (places // shape[1], places % shape[1])  # rows and columns
-    # written into a fresh grid of the full shape: FSDP wants no view from a forward
-    return x.new_zeros(*shape, x.size(-1)).index_put(where, x)
 
 
 class Transformer(nn.Module):
@@ -302,14 +303,13 @@ class Transformer(nn.Module):
         Returns: (B, T, V) logits, zero where padded; with `where` (M, V), in reading order; with
             `read` what that returns.
         """
-        hidden, places = self.model(tokens, attention_mask)
-        if where is None:
-            return unpack(self.lm_head(hidden), tokens.shape, places)
         # logits of all tokens would be the largest tensor of the program: a loss names its own
-        stands = torch.zeros_like(tokens).flatten()  # (B * T,): where in the stream a token is
-        stands[places] = torch.arange(len(places), device=places.device)
-        states = hidden[stands[where.flatten()]]     # (N, D) -> (M, D)
-        return read(states, self.lm_head.weight) if read else self.lm_head(states)
+        chosen = all_real(tokens, attention_mask) if where is None else where
+        states = self.model(tokens, attention_mask, chosen)
+        found = read(states, self.lm_head.weight) if read else self.lm_head(states)
+        if where is None:  # (N, V) -> (B, T, V)
+            return found.new_zeros(*tokens.shape, found.size(1)).index_put((chosen,), found)
+        return found
 
 
 class ScalarModel(nn.Module):
@@ -322,14 +322,15 @@ class ScalarModel(nn.Module):
         self.model = Trunk(config)
         self.score = nn.Linear(config.dim, 1, bias=False)
 
-    def forward(self, tokens: Tensor, attention_mask: Mask = None) -> Tensor:
-        """Return (B, T) float32: the scalar after reading token t, zero where padded."""
-        hidden, places = self.model(tokens, attention_mask)
+    def forward(self, tokens: Tensor, attention_mask: Mask = None, where: Mask = None) -> Tensor:
+        """Return (B, T) float32: the scalar after token t at `where`, (B, T) bool, or zero."""
+        if where is None:
+            where = all_real(tokens, attention_mask)
+        states = self.model(tokens, attention_mask, where)
         # outside autocast: bfloat16 would round scores and values to 8 bits
         with torch.autocast(tokens.device.type, enabled=False):
-            scalars = F.linear(hidden.float(), self.score.weight.float()) + self.offset  # (N, 1)
-        # (N, 1) -> (B, T, 1) -> (B, T), which is a view: hence the clone
-        return unpack(scalars, tokens.shape, places)[:, :, 0].clone()
+            scalars = F.linear(states.float(), self.score.weight.float()) + self.offset  # (M, 1)
+        return lay_out(scalars, where)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -437,13 +438,13 @@ def prefill(model: Transformer, prompts: Sequence[list[int]], caches: Sequence[C
     flat, rows, positions = torch.tensor([(token, home[prompt], position) for prompt in unique
                                           for position, token in enumerate(prompt)],
                                          device=device).unbind(1)
-    hidden = model.model.run(flat, Layout(positions, groups, rows), caches)
     # each prompt's last token, by its index in the stream of N
     ends = torch.tensor(list(map(len, unique)), device=device).cumsum(0) - 1
-    logits = model.lm_head(hidden[ends])  # (N, D) -> (unique, D) -> (unique, V)
+    states = model.model.run(flat, Layout(positions, groups, rows), caches, ends)
+    logits = model.lm_head(states)  # (unique, D) -> (unique, V)
     # what was read once stands in the cache for every prompt that is the same
     if len(unique) < len(prompts):
         for cache in caches:
-            cache.copy([home[tuple(prompt)] for prompt in prompts], places)
+            cache.copy([home[tuple(prompt)] for prompt in prompts], places, len(unique[-1]))
     index = {prompt: i for i, prompt in enumerate(unique)}
     return logits[[index[tuple(prompt)] for prompt in prompts]]

@@ -469,12 +469,8 @@ def adamw(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-5, fused=True)
 
 
-def grad_square_sum(model: nn.Module) -> Tensor:
-    """Return what this rank adds to the squared gradient norm of the whole model, float32."""
-    parameters = list(model.parameters())
-    gradients = [local_part(p.grad) for p in parameters]
+def square_sum(gradients: Sequence[Tensor], machine: Machine) -> Tensor:
+    """Return what this rank's parts add to the squared gradient norm of the model, float32."""
     own = torch.nn.utils.get_total_norm(gradients).float().square()
-    if isinstance(parameters[0], DTensor) and parameters[0].device_mesh.ndim == 2:
-        # Replicas hold equal gradients, which would else count once for each of them.
-        own = own / parameters[0].device_mesh.size(0)
-    return own
+    # Replicas hold equal gradients, which would else count once for each of them.
+    return own / machine.config.replicas

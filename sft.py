@@ -23,7 +23,7 @@ class SFTConfig:
     in_domain_share: float = 0.6        # of them about the domain, the rest over 12 general tasks
     epochs: float = 4.0                 # passes over the data
     batch_size: int = 128               # sequences per optimizer step, all ranks together
-    microbatch_size: int = 32           # sequences per forward, per rank
+    microbatch_size: int = 128          # sequences per forward, per rank
     microbatch_tokens: int = 0          # real tokens per forward, at most; 0: rows count alone
     lr: float = 3e-3                    # peak learning rate; 0: nothing is learnt
     lr_end: float = 0.05                # last learning rate, as a share of the peak (linear decay)

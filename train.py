@@ -115,15 +115,15 @@ def update(model: nn.Module, optimizer: torch.optim.Optimizer, terms: Sequence[T
         result[name] = Largest(parallel.all_max(largest).item())
     # 4  the gradient's global norm. One NaN would poison every weight and Adam's moments for good,
     #    so a step that is not finite is not taken; a long one is shortened, its direction kept.
-    norm = parallel.all_sum(parallel.grad_square_sum(model)).sqrt()
+    gradients = [parallel.local_part(p.grad) for p in model.parameters()]
+    norm = parallel.all_sum(parallel.square_sum(gradients, machine)).sqrt()
     if not torch.isfinite(norm):
         raise not_finite(model, optimizer, terms, machine, norm_name)
     # 1e-6 keeps a gradient of zero from being divided by zero
     shrink = (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(gradients, shrink)
     for group in optimizer.param_groups:
         group["lr"] = lr
-        for parameter in group["params"]:
-            parallel.local_part(parameter.grad).mul_(shrink)
     # 5  the step itself, on float32 master weights whatever the dtype of the forward was
     optimizer.step()
     optimizer.zero_grad()
