@@ -93,14 +93,16 @@ PRETRAINED_DEFAULTS = {
     # baselines cost a model's training and many samples: asked for by name
     "stages": ("sft", "sample", "annotate", "reward", "ppo", "eval"), "eval.best_of": 0,
     "data.template": AUTO, "data.max_prompt_tokens": 512, "data.max_response_tokens": 512,
-    "sft.epochs": 3.0, "sft.batch_size": 128, "sft.microbatch_size": 4, "sft.lr": 2e-5,
+    # a forward takes four rows of full length, or as many short ones as have their tokens
+    "sft.microbatch_size": 128, "reward.microbatch_size": 64, "ppo.microbatch_size": 128,
+    "sft.microbatch_tokens": 4096, "reward.microbatch_tokens": 5120, "ppo.microbatch_tokens": 4096,
+    "sft.epochs": 3.0, "sft.batch_size": 128, "sft.lr": 2e-5,
     "sft.weight_decay": 0.0, "top.epochs": 1.0, "top.lr": 2e-6,
-    "reward.epochs": 1.0, "reward.batch_size": 64, "reward.microbatch_size": 1,
-    "reward.generation_batch": 32, "reward.lr": 1e-5, "reward.weight_decay": 0.0,
-    "reward.noise": 0.0,
+    "reward.epochs": 1.0, "reward.batch_size": 64, "reward.generation_batch": 32,
+    "reward.lr": 1e-5, "reward.weight_decay": 0.0, "reward.noise": 0.0,
     "ppo.iterations": 200, "ppo.batch_size": 512, "ppo.minibatch_size": 128,
-    "ppo.microbatch_size": 4, "ppo.generation_batch": 32, "ppo.epochs": 1, "ppo.lr": 1e-6,
-    "ppo.critic_lr": 5e-6, "ppo.kl_coef": 0.02, "ppo.warmup": 0.03,
+    "ppo.generation_batch": 32, "ppo.epochs": 1, "ppo.lr": 1e-6, "ppo.critic_lr": 5e-6,
+    "ppo.kl_coef": 0.02, "ppo.warmup": 0.03,
 }
 
 # What a switch can be, by flag.

@@ -280,6 +280,35 @@ def test_rows_in_any_order_and_lengths_in_any_mix(actor):
     assert logits[~mask].abs().max() == 0
 
 
+@pytest.mark.parametrize("kind", ["logits", "scalars"])
+def test_the_last_layer_rewrites_the_tokens_that_are_asked_for(actor, critic, kind):
+    """Logits, scalars and gradients are those of a whole forward; the rest stays behind."""
+    model = actor if kind == "logits" else critic
+    tokens, mask = ragged()
+    where = mask & (tokens % 3 == 0)
+    weights = torch.randn(where.shape, generator=torch.Generator().manual_seed(0))[where]
+    rows = []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(lambda _, args, __: rows.append(len(args[0])))
+    whole = model(tokens, mask)[where]
+    asked = model(tokens, mask, where) if kind == "logits" else model(tokens, mask, where)[where]
+    assert rows == [mask.sum(), mask.sum(), mask.sum(), where.sum()]
+    torch.testing.assert_close(asked, whole, atol=1e-6, rtol=1e-6)
+    gradients = [
+        torch.autograd.grad((weights @ x.reshape(len(weights), -1).square()).sum(), list(model.parameters()))
+        for x in (whole, asked)
+    ]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+def test_the_last_layer_reads_the_end_of_every_prompt_alone(actor):
+    rows = []
+    actor.model.layers[-1].mlp.register_forward_hook(lambda _, args, __: rows.append(len(args[0])))
+    generate(actor, [[1, 5, 9], [1, 5, 9], [1, 7, 9, 8, 3]], 3, temperature=0.0)
+    assert rows == [2, 3, 3], "two prompts that differ, then a token of each of the three"
+
+
 @pytest.mark.line(15, 22)
 def test_norm_is_computed_in_float32():
     norm, x = (
