@@ -344,8 +344,7 @@ class Planner:
             loss_sum, _ = reward.loss(model, reward.Batch(mask.long(), None, ranks))
             return loss_sum
 
-        # a score at the end of every row
-        return self.train(ScalarModel, self.judge, grid.batch * group, loss)
+        return self.train(ScalarModel, self.judge, grid.batch * group, loss)  # a score a row
 
     def ppo_base(self) -> Parts:
         """Return what PPO's models hold all the time; no gradients, which come and go."""
