@@ -134,7 +134,7 @@ def watched(tmp_path_factory) -> dict[str, Any]:
     forwards: list[tuple[str, bool]] = []  # function that is a stage, whether under autocast
     run = model.Trunk.run
 
-    def spy(self, *args):
+    def spy(self, *args, **named):
         names, frame = set(), sys._getframe(1)
         while frame:
             names.add(frame.f_code.co_name)
@@ -142,7 +142,7 @@ def watched(tmp_path_factory) -> dict[str, Any]:
         stage = next(stage.run.__name__ for stage in train.STAGES.values()
                      if stage.run.__name__ in names)
         forwards.append((stage, torch.is_autocast_enabled("cpu")))
-        return run(self, *args)
+        return run(self, *args, **named)
     out = tmp_path_factory.mktemp("runs")
     files = tmp_path_factory.mktemp("files")
     rows = [{"prompt": f"Copy: {a} {b}", "response": a} for a in "abcd" for b in "efghij"]
